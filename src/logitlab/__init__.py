@@ -1,0 +1,62 @@
+"""logitlab reads, steers and trains any model through its logits.
+
+Names are imported when they are first used, so ``import logitlab`` is quick and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logitlab.errors import InputError as InputError
+    from logitlab.errors import LogitlabError as LogitlabError
+    from logitlab.errors import ModelError as ModelError
+    from logitlab.errors import VerificationError as VerificationError
+    from logitlab.lenses import Lens as Lens
+    from logitlab.lenses import LogitLens as LogitLens
+    from logitlab.models.capture import Activations as Activations
+    from logitlab.models.capture import capture as capture
+    from logitlab.models.handle import Model as Model
+    from logitlab.models.handle import wrap as wrap
+    from logitlab.models.load import load as load
+    from logitlab.models.sites import Site as Site
+    from logitlab.models.verify import Verification as Verification
+    from logitlab.reader import decode as decode
+    from logitlab.reader import read as read
+    from logitlab.reading import Reading as Reading
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Activations": "models.capture",
+    "InputError": "errors",
+    "Lens": "lenses",
+    "LogitLens": "lenses",
+    "LogitlabError": "errors",
+    "Model": "models.handle",
+    "ModelError": "errors",
+    "Reading": "reading",
+    "Site": "models.sites",
+    "Verification": "models.verify",
+    "VerificationError": "errors",
+    "capture": "models.capture",
+    "decode": "reader",
+    "load": "models.load",
+    "read": "reader",
+    "wrap": "models.handle",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'logitlab' has no attribute {name!r}")
+    value = getattr(import_module(f"logitlab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,351 @@
+"""The commands. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from logitlab import __version__
+from logitlab.errors import InputError, LogitlabError, VerificationError
+
+if TYPE_CHECKING:
+    from logitlab.models.handle import Model
+    from logitlab.reading import Reading
+
+app = typer.Typer(
+    name="logitlab",
+    help="Read, steer and train any model through its logits.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="'default', a hub id, a folder, or a .gguf file.", show_default=True)
+]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Where to put the model, for instance cuda.")]
+StackName = Annotated[str | None, typer.Option("--stack", help="Which layer stack to read, by part of its path.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights (weights-only).")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 0 (done), 1 (a check did not hold) or 2 (bad input)."""
+    try:
+        result = app(args=arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        return _fail("interrupted; no output file was touched", 130)
+    except click.ClickException as error:
+        return _fail(f"{error.format_message()} (see logitlab --help)", 2)
+    except VerificationError as error:
+        return _fail(str(error), 1)
+    except LogitlabError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; no output file was touched", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `logitlab ... | head`
+        sys.stderr.close()
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def run() -> None:
+    """Entry point of the ``logitlab`` command."""
+    sys.exit(main())
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"logitlab: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"logitlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def read(
+    text: Annotated[list[str] | None, typer.Argument(help="Prompts. Without any, standard input is read.")] = None,
+    model: ModelName = "default",
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a text file.")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Each line of the file or input is a prompt.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Token to follow; repeat for several. id:N for an id.")
+    ] = None,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option("--sites", "-s", help="For instance resid, mlp_out, 12.attn_out, ::4.resid_post, 3.head_out."),
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option("--positions", "-p", help="Tokens to read: 3, -1, 0,5,-1 or a slice such as 2:8.")
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Most likely tokens kept in each cell.")] = 5,
+    decoder: Annotated[str | None, typer.Option(help="What an encoder-decoder model has already written.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the interactive page.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the table (Parquet).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the grid.")] = False,
+    rows: Annotated[int | None, typer.Option(help="Most sites to print; the last is always there.")] = None,
+    width: Annotated[int | None, typer.Option(help="Columns of the printed grid; by default the terminal's.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    stack: StackName = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Print what every layer would predict: layers x tokens, shaded by probability.
+
+    Example: logitlab read "The capital of France is" --target " Paris"
+    """
+    prompts = _prompts(text, file, lines)
+    chosen = _positions(positions)
+    for path in (html, save, figure):
+        _check_output(path)
+    with _status("loading the model") as say:
+        handle = _load(model, dtype, device, stack, allow_pickle, trust_remote_code, say)
+        say("reading")
+        from logitlab.reader import read as read_model
+        from logitlab.reader import target_notes
+
+        inputs: Any = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
+        reading = read_model(
+            handle,
+            inputs,
+            sites=sites,
+            positions=chosen,
+            target=[_target(t) for t in target] if target else None,
+            top_k=top_k,
+            decoder=decoder,
+            progress=lambda done, total: say(f"reading: {done:,} of {total:,} rows"),
+        )
+    notes = target_notes(handle, reading.targets)
+    if as_json:
+        _print_json(reading)
+    else:
+        _print_grid(reading, width, rows)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for path, write in ((html, reading.html), (save, reading.save), (figure, reading.figure)):
+        if path is not None:
+            print(f"wrote {write(path)}", file=sys.stderr)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A file that read --save wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write the interactive page.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the grid.")] = False,
+    rows: Annotated[int | None, typer.Option(help="Most sites to print; the last is always there.")] = None,
+    width: Annotated[int | None, typer.Option(help="Columns of the printed grid; by default the terminal's.")] = None,
+) -> None:
+    """Print a saved reading again; no model is loaded."""
+    from logitlab.reading import Reading
+
+    for output in (html, figure):
+        _check_output(output)
+    reading = Reading.load(path)
+    if as_json:
+        _print_json(reading)
+    else:
+        _print_grid(reading, width, rows)
+    for output, write in ((html, reading.html), (figure, reading.figure)):
+        if output is not None:
+            print(f"wrote {write(output)}", file=sys.stderr)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="'default', a hub id, a folder, or a .gguf file.")] = "default",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    stack: StackName = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Load a model and print everything that is proved about it; exit code 1 if its tail is wrong."""
+    with _status("loading the model") as say:
+        handle = _load(model, dtype, device, stack, allow_pickle, trust_remote_code, say)
+    record = handle.verification
+    about = {
+        "model": handle.name,
+        "architecture": type(handle.module).__name__,
+        "fingerprint": handle.fingerprint,
+        "dtype": str(handle.dtype).removeprefix("torch."),
+        "stack": handle.stack.name,
+        "stacks": [s.name for s in handle.stacks],
+        "layers": handle.n_layers,
+        "width": handle.width,
+        "vocabulary": handle.vocab_size,
+    }
+    if as_json:
+        print(json.dumps({**about, "verification": record.as_dict()}, indent=2))
+        return
+    print(f"{handle.name}: {about['architecture']}, {handle.n_layers} layers of width {handle.width}")
+    print(f"  layer stacks   {', '.join(str(s) for s in handle.stacks_described())}")
+    print(f"  tail           {record.head or 'decoded by the model itself'}")
+    print(f"  fingerprint    {handle.fingerprint[:16]}, {about['dtype']}")
+    for line in record.lines():
+        print(f"  {line}")
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the models that are on this machine, and which one is the default."""
+    from logitlab.models.cache import available
+
+    found = available()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for item in found:
+        print(f"{item['name']:44} {item['what']:34} {item['where']}")
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+def _prompts(text: list[str] | None, file: Path | None, lines: bool) -> list[str]:
+    if text and text != ["-"]:
+        if file is not None:
+            raise InputError("give prompts as arguments or with --file, not both")
+        return text
+    if file is not None:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"cannot read {file}: it is not UTF-8 text (byte {error.start})") from error
+    else:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError('there is no prompt: logitlab read "some text", or --file, or standard input')
+        content = sys.stdin.read()
+    if lines:
+        return [line for line in content.splitlines() if line.strip()]
+    return [content.removesuffix("\n")]
+
+
+def _positions(text: str | None) -> slice | list[int] | None:
+    if text is None:
+        return None
+    try:
+        if ":" in text:
+            return slice(*(int(part) if part else None for part in text.split(":")))
+        return [int(part) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise InputError(f"positions {text!r} are not understood: write 3, -1, 0,5,-1 or a slice such as 2:8") from None
+
+
+def _target(text: str) -> str | int:
+    if text.startswith("id:"):
+        try:
+            return int(text[3:])
+        except ValueError:
+            raise InputError(f"target {text!r}: after id: comes a whole number") from None
+    return text
+
+
+def _check_output(path: Path | None) -> None:
+    """Say at once that a result could not be written, not after the model has run."""
+    if path is None:
+        return
+    from logitlab.files import check_writable
+
+    check_writable(path)
+
+
+def _load(
+    name: str,
+    dtype: str,
+    device: str | None,
+    stack: str | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    say: Any,
+) -> Model:
+    handler = _Telling(say)
+    logging.getLogger("logitlab").addHandler(handler)
+    logging.getLogger("logitlab").setLevel(logging.INFO)
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        from logitlab.models.load import load
+
+        return load(
+            name,
+            dtype=dtype,
+            device=device,
+            stack=stack,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+    finally:
+        logging.getLogger("logitlab").removeHandler(handler)
+
+
+class _Telling(logging.Handler):
+    """Show what the library reports in the status line."""
+
+    def __init__(self, say: Any) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+@contextmanager
+def _status(text: str) -> Iterator[Any]:
+    """A status line on standard error while something takes time; silent when that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda message: None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(text)) as status:
+        yield lambda message: status.update(Text(message))
+
+
+def _print_grid(reading: Reading, width: int | None, rows: int | None) -> None:
+    from rich.console import Console
+
+    from logitlab.views.terminal import grid
+
+    console = Console(width=width, highlight=False)
+    console.print(grid(reading, width=console.width, rows=rows))
+
+
+def _print_json(reading: Reading) -> None:
+    prompts = [{"text": p.text, "ids": p.ids, "tokens": p.tokens, "positions": p.positions} for p in reading.prompts]
+    out = sys.stdout
+    out.write(json.dumps({"provenance": dict(reading.provenance), "prompts": prompts})[:-1] + ', "cells": [\n')
+    for i, row in enumerate(reading.rows()):
+        out.write(("" if i == 0 else ",\n") + json.dumps(row))
+    out.write("\n]}\n")

@@ -1,0 +1,84 @@
+"""What turns decoded rows into logits: a linear head with its post-map, or the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Head:
+    """The fast form of a model's last step: ``y = postmap(x @ weight.T + bias) + offset``.
+
+    ``postmap(z)`` is ``scale * z``, or ``softcap * tanh(scale * z / softcap)`` when a cap is set
+    (Gemma 2). The numbers are measured on the loaded model and proved, see `logitlab.models.tail`.
+
+    Attributes:
+        weight: [V, d], the head's own parameter, not a copy.
+        bias: [V] or None, added before the post-map.
+        scale: slope of the post-map at zero.
+        softcap: bound that the post-map tends to, or None.
+        offset: [V] or None, added after the post-map (BART's ``final_logits_bias``).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    offset: torch.Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of columns V."""
+        return int(self.weight.shape[0])
+
+    @cached_property
+    def largest_row(self) -> float:
+        """Largest Euclidean norm of a row of ``weight``."""
+        return max((float(part.float().norm(dim=1).max()) for part in self.weight.split(2**14)), default=0.0)
+
+    @cached_property
+    def extra_error(self) -> float:
+        """Rounding error that bias, soft-cap and offset can add to a float32 logit."""
+        sizes = [0.0 if t is None else float(t.float().abs().max()) for t in (self.bias, self.offset)]
+        return 2.0**-22 * (sum(sizes) + (self.softcap or 0.0))
+
+    def postmap(self, z: torch.Tensor) -> torch.Tensor:
+        """Scale and soft-cap ``z`` (any shape); the offset is not added."""
+        if self.softcap is not None:
+            return torch.tanh(z * (self.scale / self.softcap)) * self.softcap
+        return z if self.scale == 1.0 else z * self.scale
+
+    def logits(
+        self, x: torch.Tensor, columns: slice | torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Logits [n, columns] of rows ``x`` [n, d], computed in ``dtype``."""
+        pick = slice(None) if columns is None else columns
+        bias = None if self.bias is None else self.bias[pick].to(dtype)
+        y = self.postmap(F.linear(x.to(dtype), self.weight[pick].to(dtype), bias))
+        return y if self.offset is None else y + self.offset[pick].to(dtype)
+
+    def logits_at(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Float64 logits of chosen columns: rows ``x`` [n, d], ``ids`` [n, m] -> [n, m].
+
+        Each product is summed in the same order whatever the ids are, so equal head rows give
+        equal logits: ties stay ties on every device.
+        """
+        weight = self.weight[ids].double()
+        z = (weight * x.double().unsqueeze(1)).sum(-1)
+        if self.bias is not None:
+            z = z + self.bias[ids].double()
+        y = self.postmap(z)
+        return y if self.offset is None else y + self.offset[ids].double()
+
+
+@dataclass(frozen=True)
+class LogitSource:
+    """A tail without a proven fast form: a function from rows [n, d] to logits [n, V]."""
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    vocab_size: int

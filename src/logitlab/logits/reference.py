@@ -1,0 +1,59 @@
+"""The reference backend: float64, one row chunk at a time, every formula as it is written."""
+
+from __future__ import annotations
+
+import torch
+
+from logitlab.logits.head import Head, LogitSource
+from logitlab.logits.statistics import TIE, Request, Statistics
+
+ROWS = 16
+
+
+def reference(
+    x: torch.Tensor, source: Head | LogitSource, request: Request, against: torch.Tensor | None
+) -> Statistics:
+    """See `logitlab.logits.statistics`; holds [16, V] float64 at a time."""
+    groups = []
+    for group in x:
+        parts = [
+            _rows(group[i : i + ROWS], source, request, None if against is None else against[i : i + ROWS])
+            for i in range(0, group.shape[0], ROWS)
+        ]
+        groups.append(Statistics.join(parts, dim=1))
+    return Statistics.join(groups, dim=0)
+
+
+def float64_logits(x: torch.Tensor, source: Head | LogitSource) -> torch.Tensor:
+    """Logits [n, V] of rows in float64 (of a `LogitSource`: its own numbers, as float64)."""
+    if isinstance(source, Head):
+        return source.logits(x, dtype=torch.float64)
+    return source.compute(x).double()
+
+
+def _rows(x: torch.Tensor, source: Head | LogitSource, request: Request, against: torch.Tensor | None) -> Statistics:
+    z = float64_logits(x, source)
+    lse = torch.logsumexp(z, dim=-1)
+    logp = z - lse.unsqueeze(-1)
+    p = logp.exp()
+    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    steps = torch.round(z / TIE)
+    if request.allowed is not None:
+        steps = steps.masked_fill(~request.allowed, -torch.inf)
+    top = torch.argsort(steps, dim=-1, descending=True, stable=True)[:, : request.top_k]
+    target_logprob = target_rank = kl = None
+    if request.targets is not None:
+        ids = request.targets.expand(x.shape[0], -1)
+        target_logprob = logp.gather(1, ids)
+        ranks = []
+        for column in ids.unbind(1):
+            own = torch.round(z.gather(1, column.unsqueeze(1)) / TIE)
+            first = (steps > own) | ((steps == own) & (torch.arange(z.shape[1], device=z.device) < column.unsqueeze(1)))
+            ranks.append(1 + first.sum(-1))
+        target_rank = torch.stack(ranks, dim=-1) if ranks else ids
+    if against is not None:
+        logr = torch.log_softmax(float64_logits(against, source), dim=-1)
+        r = logr.exp()
+        kl = torch.where(r > 0, r * (logr - logp), 0.0).sum(-1).clamp_min(0.0)
+    values = (top, logp.gather(1, top), lse, entropy, target_logprob, target_rank, kl)
+    return Statistics(*(None if v is None else v.unsqueeze(0) for v in values))  # pyright: ignore[reportArgumentType]

