@@ -106,9 +106,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiForCausalLM", "PhiConfig", _COMMON),
 }
 
-FAMILIES = (
-    "gpt2 llama qwen3 gemma2 gemma3 cohere granite gpt_neox opt mamba bert t5 bart"  # the contract's thirteen
-).split()
+# The thirteen families that the test contract names; the others come on top.
+FAMILIES = tuple(name for name in CONFIGS if name not in ("albert", "bloom", "mixtral", "olmo2", "phi"))
 ALL = tuple(CONFIGS)
 
 

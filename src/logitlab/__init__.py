@@ -47,7 +47,24 @@ _HOME = {
     "wrap": "models.handle",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Activations",
+    "InputError",
+    "Lens",
+    "LogitLens",
+    "LogitlabError",
+    "Model",
+    "ModelError",
+    "Reading",
+    "Site",
+    "Verification",
+    "VerificationError",
+    "capture",
+    "decode",
+    "load",
+    "read",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

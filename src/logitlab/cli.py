@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from logitlab import __version__
@@ -19,6 +21,15 @@ from logitlab.errors import InputError, LogitlabError, VerificationError
 if TYPE_CHECKING:
     from logitlab.models.handle import Model
     from logitlab.reading import Reading
+
+FIGURES = (".png", ".svg", ".pdf")
+"""Formats of figures, by the ending of the file's name."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+# Typer brings its own copy of click from some version on; either way this is the base of its errors.
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="logitlab",
@@ -32,6 +43,9 @@ app = typer.Typer(
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="'default', a hub id, a folder, or a .gguf file.", show_default=True)
 ]
+Width = Annotated[
+    int | None, typer.Option(min=20, help="Columns of the printed grid; by default the terminal's, and at most those.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where to put the model, for instance cuda.")]
 StackName = Annotated[str | None, typer.Option("--stack", help="Which layer stack to read, by part of its path.")]
@@ -40,28 +54,41 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 (done), 1 (a check did not hold) or 2 (bad input)."""
+    """Run the command line; return 0 (done), 1 (a check did not hold), 2 (bad input) or 130 (Ctrl-C)."""
     try:
-        result = app(args=arguments, standalone_mode=False)
-    except click.exceptions.Abort:
-        return _fail("interrupted; no output file was touched", 130)
-    except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see logitlab --help)", 2)
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # what libraries say to programmers
+            result = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        result = INTERRUPTED
+    except _ClickException as error:
+        return _fail(f"{_usage(error)} (see logitlab --help)", 2)
     except VerificationError as error:
         return _fail(str(error), 1)
     except LogitlabError as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no output file was touched", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `logitlab ... | head`
-        sys.stderr.close()
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # The reader of our output has gone, as in `logitlab ... | head`.
+        with suppress(OSError, ValueError):  # what is still in the buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if result == INTERRUPTED:
+        return _fail("interrupted; no output file was touched", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
 def run() -> None:
     """Entry point of the ``logitlab`` command."""
     sys.exit(main())
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with the command line; nothing named at all is answered by the help on standard output."""
+    return "no command was given" if type(error).__name__ == "NoArgsIsHelpError" else error.format_message()
 
 
 def _fail(message: str, code: int) -> int:
@@ -107,8 +134,8 @@ def read(
     save: Annotated[Path | None, typer.Option(help="Write the table (Parquet).")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the grid.")] = False,
-    rows: Annotated[int | None, typer.Option(help="Most sites to print; the last is always there.")] = None,
-    width: Annotated[int | None, typer.Option(help="Columns of the printed grid; by default the terminal's.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most sites to print; the last is always there.")] = None,
+    width: Width = None,
     dtype: Dtype = "auto",
     device: Device = None,
     stack: StackName = None,
@@ -123,6 +150,7 @@ def read(
     chosen = _positions(positions)
     for path in (html, save, figure):
         _check_output(path)
+    _check_figure(figure)
     with _status("loading the model") as say:
         handle = _load(model, dtype, device, stack, allow_pickle, trust_remote_code, say)
         say("reading")
@@ -140,16 +168,15 @@ def read(
             decoder=decoder,
             progress=lambda done, total: say(f"reading: {done:,} of {total:,} rows"),
         )
-    notes = target_notes(handle, reading.targets)
+    notes = [f"note: {note}" for note in target_notes(handle, reading.targets)]
+    outputs = ((html, reading.html), (save, reading.save), (figure, reading.figure))
+    notes += [f"wrote {write(path)}" for path, write in outputs if path is not None]
     if as_json:
         _print_json(reading)
     else:
         _print_grid(reading, width, rows)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    for path, write in ((html, reading.html), (save, reading.save), (figure, reading.figure)):
-        if path is not None:
-            print(f"wrote {write(path)}", file=sys.stderr)
+        print(note, file=sys.stderr)
 
 
 @app.command()
@@ -158,22 +185,24 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write the interactive page.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the grid.")] = False,
-    rows: Annotated[int | None, typer.Option(help="Most sites to print; the last is always there.")] = None,
-    width: Annotated[int | None, typer.Option(help="Columns of the printed grid; by default the terminal's.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most sites to print; the last is always there.")] = None,
+    width: Width = None,
 ) -> None:
     """Print a saved reading again; no model is loaded."""
     from logitlab.reading import Reading
 
     for output in (html, figure):
         _check_output(output)
+    _check_figure(figure)
     reading = Reading.load(path)
+    outputs = ((html, reading.html), (figure, reading.figure))
+    notes = [f"wrote {write(output)}" for output, write in outputs if output is not None]
     if as_json:
         _print_json(reading)
     else:
         _print_grid(reading, width, rows)
-    for output, write in ((html, reading.html), (figure, reading.figure)):
-        if output is not None:
-            print(f"wrote {write(output)}", file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 @app.command()
@@ -237,13 +266,20 @@ def _prompts(text: list[str] | None, file: Path | None, lines: bool) -> list[str
         try:
             content = file.read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}") from error
+            raise InputError(f"cannot read {file}: {error.strerror}; give a text file") from error
         except UnicodeDecodeError as error:
-            raise InputError(f"cannot read {file}: it is not UTF-8 text (byte {error.start})") from error
+            raise InputError(
+                f"cannot read {file}: it is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            ) from error
     else:
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError('there is no prompt: logitlab read "some text", or --file, or standard input')
-        content = sys.stdin.read()
+        try:
+            content = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"cannot read standard input: it is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+            ) from error
     if lines:
         return [line for line in content.splitlines() if line.strip()]
     return [content.removesuffix("\n")]
@@ -254,7 +290,7 @@ def _positions(text: str | None) -> slice | list[int] | None:
         return None
     try:
         if ":" in text:
-            return slice(*(int(part) if part else None for part in text.split(":")))
+            return slice(*(int(part) if part.strip() else None for part in text.split(":")))
         return [int(part) for part in text.split(",")]
     except (ValueError, TypeError):
         raise InputError(f"positions {text!r} are not understood: write 3, -1, 0,5,-1 or a slice such as 2:8") from None
@@ -265,7 +301,7 @@ def _target(text: str) -> str | int:
         try:
             return int(text[3:])
         except ValueError:
-            raise InputError(f"target {text!r}: after id: comes a whole number") from None
+            raise InputError(f"target {text!r}: after id: comes a whole number, for instance id:42") from None
     return text
 
 
@@ -276,6 +312,15 @@ def _check_output(path: Path | None) -> None:
     from logitlab.files import check_writable
 
     check_writable(path)
+
+
+def _check_figure(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() not in FIGURES:
+        raise InputError(f"cannot write {path}: a figure's name ends in {', '.join(FIGURES)}")
+    if find_spec("matplotlib") is None:
+        raise InputError("a figure needs matplotlib: pip install 'logitlab[figures]'")
 
 
 def _load(
@@ -290,6 +335,7 @@ def _load(
     handler = _Telling(say)
     logging.getLogger("logitlab").addHandler(handler)
     logging.getLogger("logitlab").setLevel(logging.INFO)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the status line says what is going on
     try:
         from transformers.utils import logging as transformers_logging
 
@@ -321,16 +367,24 @@ class _Telling(logging.Handler):
 
 
 @contextmanager
-def _status(text: str) -> Iterator[Any]:
+def _status(text: str) -> Generator[Callable[[str], None]]:
     """A status line on standard error while something takes time; silent when that is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda message: None
+        yield _say_nothing
         return
     from rich.console import Console
     from rich.text import Text
 
     with Console(stderr=True).status(Text(text)) as status:
-        yield lambda message: status.update(Text(message))
+
+        def say(message: str) -> None:
+            status.update(Text(message))
+
+        yield say
+
+
+def _say_nothing(message: str) -> None:
+    pass
 
 
 def _print_grid(reading: Reading, width: int | None, rows: int | None) -> None:

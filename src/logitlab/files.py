@@ -37,7 +37,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
         temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged, give another place"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -49,15 +51,21 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is a device or a pipe; give a file name")
     if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: no permission to write in {path.parent}")
+        raise InputError(f"cannot write {path}: no permission to write in {path.parent}; give another folder")
 
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text with `write_atomically`."""
-    return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    return write_atomically(path, write)
 
 
 def _umask() -> int:

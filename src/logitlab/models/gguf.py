@@ -7,11 +7,14 @@ import json
 import logging
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from logitlab.errors import InputError, ModelError
 from logitlab.models.cache import cache_folder
@@ -20,6 +23,9 @@ log = logging.getLogger("logitlab")
 
 WEIGHTS = "model.safetensors"
 RECORD = "logitlab.json"
+UNFINISHED = ".making-"
+STALE = 24 * 60 * 60
+"""Seconds after which an unfinished conversion counts as killed."""
 
 
 def converted(path: Path) -> Path:
@@ -33,11 +39,16 @@ def converted(path: Path) -> Path:
         ModelError: the file is not a whole GGUF file, or transformers cannot convert it.
         InputError: the cache cannot be written, or ``gguf`` and ``accelerate`` are not installed.
     """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file (it does not begin with the letters GGUF)")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(
+                    f"{path} is not a GGUF file (it does not begin with the letters GGUF); download or copy it again"
+                )
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     folder = cache_folder() / "gguf" / digest[:32]
     if (folder / RECORD).is_file():
         return folder
@@ -45,19 +56,28 @@ def converted(path: Path) -> Path:
     log.info("converting %s to safetensors (once; kept in %s)", path.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as name:
+        _sweep(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as name:
             made = Path(name) / "model"
             made.mkdir()
             _convert(path, made)
             record = {"source": path.name, "sha256": digest, "transformers": version("transformers")}
             (made / RECORD).write_text(json.dumps(record), encoding="utf-8")
             _move(made, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(
-            f"cannot keep the converted model in {folder.parent}: {error.strerror or error}; "
+            f"cannot keep the converted model in {folder.parent}: {getattr(error, 'strerror', None) or error}; "
             "free some space, or set LOGITLAB_CACHE to another folder"
         ) from error
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what conversions that were killed more than a day ago left behind."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):  # another process may remove it at the same time
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left)
 
 
 def _move(made: Path, folder: Path) -> None:
@@ -79,10 +99,14 @@ def _check_complete(path: Path) -> None:
     try:
         reader = GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise ModelError(f"{path} is corrupt or truncated: {error}") from error
-    if end == 0 or end > path.stat().st_size:
-        raise ModelError(f"{path} is truncated: it has {path.stat().st_size} bytes of at least {end}")
+    except Exception as error:  # garbage can make the reader raise anything
+        raise ModelError(f"{path} is corrupt or truncated: {error}; download or copy it again") from error
+    if end == 0:
+        raise ModelError(f"{path} is corrupt or truncated: it holds no weights; download or copy it again")
+    if end > path.stat().st_size:
+        raise ModelError(
+            f"{path} is truncated: it has {path.stat().st_size} bytes of at least {end}; download or copy it again"
+        )
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -95,8 +119,11 @@ def _convert(path: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except ImportError as error:
         raise InputError("reading a GGUF file needs two packages: pip install 'logitlab[gguf]'") from error
-    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"transformers cannot convert {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers raises whatever an odd file makes it stumble over
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(
+            f"transformers cannot convert {path}: {why}; try another file, or the original model"
+        ) from error
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the copy is not quantised

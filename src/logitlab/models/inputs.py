@@ -60,6 +60,12 @@ def encode(
         raise InputError("there is nothing to read: the list of prompts is empty")
     prompts: list[Encoded] = []
     own_decoder = inputs.get("decoder_input_ids") if isinstance(inputs, Mapping) else None
+    if own_decoder is not None:
+        own_decoder = _rows(own_decoder)
+        if len(own_decoder) != len(pairs):
+            raise InputError(
+                f"decoder_input_ids has {len(own_decoder)} rows for {len(pairs)} rows of input_ids; give one for each"
+            )
     for n, (text, ids) in enumerate(pairs):
         where = f"prompt {n}" if len(pairs) > 1 else "the prompt"
         _check(ids, where, vocab_size, limit)
@@ -67,7 +73,7 @@ def encode(
             prompts.append(Encoded(text, tuple(ids)))
             continue
         if own_decoder is not None:
-            target = _ids_of(own_decoder[n])
+            target = own_decoder[n]
         else:
             target = [*start, *_decoder_ids(decoder, tokenizer)]
         _check(target, f"the decoder's part of {where}", vocab_size, limit)
@@ -96,6 +102,10 @@ def _pairs(inputs: Any, tokenizer: Any) -> list[tuple[str | None, list[int]]]:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         rows = _rows(ids)
         masks: Sequence[Any] = [None] * len(rows) if mask is None else _rows(mask)
+        if len(masks) != len(rows):
+            raise InputError(
+                f"attention_mask has {len(masks)} rows for {len(rows)} rows of input_ids; give one for each"
+            )
         return [(None, _unpadded(row, m)) for row, m in zip(rows, masks, strict=True)]
     if isinstance(inputs, torch.Tensor) or (hasattr(inputs, "tolist") and hasattr(inputs, "ndim")):
         return [(None, row) for row in _rows(inputs)]
@@ -109,11 +119,11 @@ def _pairs(inputs: Any, tokenizer: Any) -> list[tuple[str | None, list[int]]]:
             return [_from_text(i, tokenizer) for i in items]
         if all(isinstance(i, Mapping) for i in items):
             return [_from_chat(items, tokenizer)]
-        if all(isinstance(i, Sequence) and not isinstance(i, str) and i for i in items):
-            if all(isinstance(j, Mapping) for i in items for j in i):
-                return [_from_chat(i, tokenizer) for i in items]
+        if all(isinstance(i, Sequence) and not isinstance(i, str) for i in items):
             if all(isinstance(j, int) for i in items for j in i):
                 return [(None, [int(j) for j in i]) for i in items]
+            if all(isinstance(j, Mapping) for i in items for j in i):
+                return [_from_chat(i, tokenizer) for i in items]
     raise InputError(
         f"inputs of type {type(inputs).__name__} are not understood: give a text, a list of texts, chat messages, "
         "token ids, or encoded tensors"
@@ -122,7 +132,7 @@ def _pairs(inputs: Any, tokenizer: Any) -> list[tuple[str | None, list[int]]]:
 
 def _rows(value: Any) -> list[list[int]]:
     data: Any = value.tolist() if hasattr(value, "tolist") else value
-    if data and isinstance(data[0], int):
+    if isinstance(data, list) and data and isinstance(data[0], int):
         data = [data]
     if not isinstance(data, list) or any(
         not isinstance(row, list) or any(not isinstance(i, int) for i in row) for row in data
@@ -135,7 +145,7 @@ def _unpadded(row: list[int], mask: list[int] | None) -> list[int]:
     if mask is None:
         return row
     if len(mask) != len(row):
-        raise InputError(f"attention_mask has {len(mask)} entries for {len(row)} input_ids")
+        raise InputError(f"attention_mask has {len(mask)} entries for {len(row)} input_ids; give one for each")
     kept = [i for i, m in enumerate(mask) if m]
     if kept and kept[-1] - kept[0] + 1 != len(kept):
         raise InputError("attention_mask has a hole in the middle; only padding at the ends is understood")
@@ -150,11 +160,24 @@ def _need_tokenizer(tokenizer: Any) -> None:
 def _from_text(text: str, tokenizer: Any) -> tuple[str, list[int]]:
     if not text.strip():
         raise InputError("the text is empty: give at least one word")
+    check_text(text, "the text")
     _need_tokenizer(tokenizer)
     return text, [int(i) for i in tokenizer(text)["input_ids"]]
 
 
+def check_text(text: str, what: str) -> None:
+    """Raise `InputError` if a text holds half a surrogate pair, which no tokenizer takes."""
+    bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        raise InputError(
+            f"{what} has a character at {bad} that is not text ({ascii(text[bad])[1:-1]}, half a character or a stray "
+            "byte); take it out, or write the text as UTF-8"
+        )
+
+
 def _from_chat(messages: Sequence[Any], tokenizer: Any) -> tuple[str, list[int]]:
+    if not messages:
+        raise InputError("the chat is empty: give at least one message")
     for message in messages:
         if "role" not in message or "content" not in message:
             raise InputError(

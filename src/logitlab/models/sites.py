@@ -120,7 +120,8 @@ def select_layers(spec: SiteSpec, n_layers: int) -> list[int]:
     layer = spec.layers + n_layers if spec.layers < 0 else spec.layers
     if not 0 <= layer < n_layers:
         raise InputError(
-            f"layer {spec.layers} is out of range: this stack has {n_layers} layers (0 to {n_layers - 1}, or -1 to -{n_layers})"
+            f"layer {spec.layers} is out of range: this stack has {n_layers} layers "
+            f"(0 to {n_layers - 1}, or -1 to -{n_layers})"
         )
     return [layer]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def _stacks_from(calls: list[_Call]) -> list[Stack]:
         shape = shapes.pop()
         if shapes or shape is None or len(shape) != 3:
             continue
-        links = [_same(left, right) for (_, left), (right, _) in zip(states[:-1], states[1:], strict=True)]
+        links = [_same(left, right) for (_, left), (right, _) in pairwise(states)]
         if links and not any(links):
             continue  # side by side, not one after the other
         counts: dict[int, int] = defaultdict(int)

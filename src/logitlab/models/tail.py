@@ -13,6 +13,7 @@ after it was proved equal to the tail.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -104,15 +105,13 @@ class Tail:
 
         with Taps() as taps:
             taps.replace(head, stop)
-            try:
+            with suppress(StopForward):
                 self._replay(taps, hidden)
-            except StopForward:
-                pass
         if not seen:
             raise ModelError("the head was not reached in the short-circuited model")
         return seen[0].reshape(hidden.shape[0], -1)
 
-    def prepare(self, hidden: torch.Tensor) -> torch.Tensor | None:
+    def prepare(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows that `source` decodes: the head's input where there is a fast form, else ``hidden``."""
         return self.head_input(hidden) if self.head is not None else hidden
 

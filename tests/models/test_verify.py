@@ -1,0 +1,180 @@
+"""What verification says, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import logitlab as ll
+from logitlab.models.verify import max_difference, tolerance
+from tests import zoo
+
+
+def test_all_decompositions_of_a_llama_hold() -> None:
+    record = ll.wrap(zoo.shared("llama")).verification
+    assert record.tail.holds
+    assert record.fast_form.holds
+    assert [check.holds for check in record.decompositions] == [True, True, True]
+    assert all(check.error is not None and check.error < 1e-6 for check in record.decompositions)
+    assert record.offered == dict.fromkeys(("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out", "neuron"), 3)
+    assert record.refused == {}
+    text = "\n".join(record.lines())
+    assert "resid_post = resid_pre + attn_out + mlp_out holds" in text
+    assert "3 of 3 layers" in text
+
+
+def test_the_default_model(default_model: ll.Model) -> None:
+    record = default_model.verification
+    assert record.max_abs_difference < 1e-4
+    assert all(check.holds for check in record.decompositions)
+    assert set(record.offered.values()) == {30}
+
+
+def test_what_does_not_hold_is_not_offered_and_says_why() -> None:
+    model = ll.wrap(zoo.shared("bert"))
+    assert set(model.verification.offered) == {"resid_pre", "resid_post"}
+    assert "norm after the sum" in model.verification.refused["attn_out"]
+    with pytest.raises(ll.InputError, match=r"'attn_out' is not offered at layer 0 .* norm after the sum"):
+        ll.read(model, zoo.ids(), sites="attn_out")
+
+
+def test_tolerance_grows_with_the_dtype_only() -> None:
+    assert tolerance(torch.float32, 30) == pytest.approx(30 * 32 * 2**-23)
+    assert tolerance(torch.float64, 30) == tolerance(torch.float32, 30)
+    assert tolerance(torch.bfloat16, 30) == pytest.approx(30 * (32 * 2**-23 + 2 * 2**-7))
+
+
+def test_max_difference() -> None:
+    inf = torch.inf
+    assert max_difference(torch.tensor([1.0, inf, -inf]), torch.tensor([1.5, inf, -inf])) == 0.5
+    assert max_difference(torch.tensor([inf]), torch.tensor([1.0])) == inf
+    assert not max_difference(torch.tensor([torch.nan]), torch.tensor([1.0])) <= 1e9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "t5"])
+def test_half_precision_models_verify(name: str, dtype: torch.dtype) -> None:
+    model = ll.wrap(zoo.build(name).to(dtype))
+    assert model.verification.fast_form.holds
+    assert model.verification.tail.error == 0.0
+
+
+class Logits:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+class Small(nn.Module):
+    """A minimal language model whose last step can be made unreadable."""
+
+    def __init__(self, kind: str = "plain", layers: int = 2) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(50, 8)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(layers)])
+        self.head = nn.Linear(8, 50)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        x = first = self.embedding(input_ids)
+        middle = x
+        for layer in self.layers:
+            middle, x = x, layer(x)
+        if self.kind == "skip":
+            x = x + middle  # the tail needs more than the last state
+        if self.kind == "position":
+            x = x * torch.arange(1, x.shape[1] + 1)[:, None]
+        if self.kind == "average":
+            x = x + first.mean(1, keepdim=True)
+        if self.kind == "nan":
+            x = x * torch.nan
+        y = self.head(x)
+        return y if self.kind == "tensor" else {"no": y} if self.kind == "none" else Logits(y)
+
+
+@pytest.mark.parametrize("kind", ["skip", "position", "average"])
+def test_a_tail_that_needs_more_than_its_hidden_state_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ll.VerificationError, match=r"differ by .* where rounding explains .* cannot be read"):
+        ll.wrap(Small(kind))
+
+
+def test_a_bare_tensor_of_logits_is_fine() -> None:
+    assert ll.wrap(Small("tensor")).n_layers == 2
+
+
+def test_one_layer_is_a_stack() -> None:
+    assert ll.wrap(Small(layers=1)).n_layers == 1
+
+
+def test_no_logits() -> None:
+    with pytest.raises(ll.ModelError, match="returns no logits; load the class that carries the output head"):
+        ll.wrap(Small("none"))
+    with pytest.raises(ll.ModelError, match="returns no logits"):
+        ll.wrap(zoo.shared("llama").model)
+
+
+def test_no_stack() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(50, 8)
+            self.head = nn.Linear(8, 50)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embedding
+
+        def forward(self, input_ids: torch.Tensor) -> Logits:
+            return Logits(self.head(self.embedding(input_ids)))
+
+    with pytest.raises(ll.ModelError, match="no chain of blocks"):
+        ll.wrap(Flat())
+
+
+def test_a_model_of_something_else_than_tokens() -> None:
+    class Pictures(nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> None: ...
+
+    with pytest.raises(ll.ModelError, match="takes pixel_values, not input_ids"):
+        ll.wrap(Pictures())
+
+
+def test_logits_that_are_not_finite() -> None:
+    with pytest.raises(ll.VerificationError, match="not finite"):
+        ll.wrap(Small("nan"))
+
+
+def test_the_stack_can_be_chosen() -> None:
+    t5 = zoo.shared("t5")
+    assert [s.name for s in ll.wrap(t5).stacks] == ["decoder.block", "encoder.block"]
+    assert ll.wrap(t5, stack="decoder").stack.name == "decoder.block"
+    with pytest.raises(ll.VerificationError, match=r"encoder\.block has 5 positions where the logits have 7"):
+        ll.wrap(t5, stack="encoder")
+    with pytest.raises(ll.ModelError, match=r"stack='vision' names no layer stack .* decoder.block, encoder.block"):
+        ll.wrap(t5, stack="vision")
+    with pytest.raises(ll.ModelError, match="fits several"):
+        ll.wrap(t5, stack="block")
+
+
+def test_verification_leaves_the_module_as_it_was() -> None:
+    module = zoo.build("gemma2")
+    before = {name: dict(m.__dict__) for name, m in module.named_modules()}
+    logits = zoo.forward(module, zoo.ids())
+    ll.wrap(module)
+    for name, m in module.named_modules():
+        assert m.__dict__.keys() == before[name].keys(), name
+        assert not m._forward_hooks, name
+        assert not m._forward_pre_hooks, name
+    assert torch.equal(zoo.forward(module, zoo.ids()), logits)
+
+
+def test_the_record_is_plain_data() -> None:
+    import json
+
+    record = ll.wrap(zoo.shared("mamba")).verification
+    assert json.loads(json.dumps(record.as_dict()))["tail"]["holds"] is True

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from logitlab.views.page import embedded, page
+from logitlab.views.tokens import visible
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=4000 "
+    "--window-size=1280,900 --dump-dom"
+)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
+]
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """The document after Chromium ran its scripts; whatever it says on the console fails the test."""
+
+    def open_page(text: str, state: str = "") -> str:
+        file = tmp_path / "page.html"
+        file.write_text(text, encoding="utf-8")
+        assert CHROMIUM is not None
+        command = [CHROMIUM, *FLAGS.split(), "--host-resolver-rules=MAP * ~NOTFOUND"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", f"{file.as_uri()}{state}"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+        assert [line for line in result.stderr.splitlines() if "CONSOLE" in line] == []
+        return result.stdout
+
+    return open_page
+
+
+def driven(text: str, script: str) -> str:
+    """The page with a second script that acts as the reader would and writes what it saw."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    tail = f"""<pre id="seen"></pre><script>
+    {{
+      const say = (value) => {{ document.getElementById("seen").textContent += JSON.stringify(value) + "\\n"; }};
+      {script}
+    }}
+    </script></body>"""
+    return text.replace("</body>", tail)
+
+
+def seen(document: str) -> list[str]:
+    (text,) = re.findall(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)
+    return html.unescape(text).splitlines()
+
+
+def cells(document: str) -> list[str]:
+    found = re.findall(r'<div class="cell(?: now)?"(?: [\w-]+="[^"]*")*>([^<]*)</div>', document)
+    return [html.unescape(text) for text in found]
+
+
+def test_the_grid_is_drawn(make_reading, opened):
+    reading = make_reading(n_sites=5, n_positions=4)
+    document = opened(page(reading))
+    expected = [visible(reading.cell(0, s, p).tokens[0]) for s in range(4, -1, -1) for p in range(4)]
+    assert cells(document) == expected
+    assert "✓ tail equals the model's logits within 1.9e-05" in document
+    assert re.search(r'<div class="side[^>]*>3</div>', document)
+    assert "Position 3 " in document  # the last position is pinned at first
+    assert document.count("<svg") >= 3
+
+
+def test_the_address_holds_the_state(make_reading, opened):
+    reading = make_reading(n_prompts=2, n_sites=5, n_positions=4, targets=(" Paris",))
+    document = opened(page(reading), "#prompt=1&cell=2,1&pin=0&colour=r0&theme=dark")
+    cell = reading.cell(1, 2, 1)
+    assert 'data-theme="dark"' in document
+    assert "<h2>1.resid_post</h2>" in document
+    assert f"rank {cell.target_ranks[0]}, " in document
+    assert f"{cell.entropy:.3f} nats" in document
+    assert 'Position 0 <bdi class="code">·Paris</bdi>' in document
+    assert cells(document)[:4] == [visible(reading.cell(1, 4, p).tokens[0]) for p in range(4)]
+
+
+@pytest.mark.parametrize("state", ["#cell=999,-4&pin=x&prompt=7&colour=constructor&theme=%3Cb%3E", "#%%%", "#cell=,"])
+def test_a_bad_address_is_harmless(make_reading, opened, state):
+    assert len(cells(opened(page(make_reading(n_sites=3, n_positions=2)), state))) == 6
+
+
+def test_hostile_labels_are_text(make_reading, hostile, opened):
+    reading = make_reading(n_prompts=2, n_sites=8, n_positions=20, tokens=hostile, targets=hostile)
+    document = opened(page(reading), "#cell=3,0&pin=0")
+    body = document[: document.index('<script type="application/json"')]
+    assert "<img" not in body
+    shown = cells(document)
+    assert set(shown) <= {visible(token) for token in hostile}
+    assert {"</script><img·src=x·onerror=alert(1)>", "∅", "\\x1b[31m", "&amp;"} <= set(shown)
+
+
+def test_nothing_is_requested(make_reading, opened):
+    text = driven(page(make_reading()), 'say(performance.getEntriesByType("resource").map((e) => e.name));')
+    assert seen(opened(text)) == ["[]"]
+
+
+def test_reading_with_mouse_and_keyboard(make_reading, opened):
+    reading = make_reading(n_sites=6, n_positions=5)
+    script = """
+      const now = () => [document.activeElement.dataset.s, document.activeElement.dataset.p];
+      const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      const cell = (s, p) => document.querySelector(`.cell[data-s="${s}"][data-p="${p}"]`);
+      cell(3, 1).dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+      say(document.querySelector("#detail h2").textContent);
+      cell(2, 1).click();
+      say([now(), location.hash, document.querySelectorAll('.cell[tabindex="0"]').length]);
+      press("ArrowUp"); press("ArrowRight");
+      say([now(), location.hash]);
+      press("Enter"); press("End"); press("PageDown");
+      say([now(), location.hash, document.getElementById("overTitle").textContent]);
+      const choose = document.getElementById("colour");
+      choose.value = "kl"; choose.dispatchEvent(new Event("change"));
+      document.getElementById("theme").click();
+      say([location.hash, document.documentElement.dataset.theme, document.getElementById("low").textContent]);
+    """
+    assert seen(opened(driven(page(reading), script))) == [
+        '"2.resid_post"',
+        '[["2","1"],"#cell=2,1&pin=1",1]',
+        '[["3","2"],"#cell=3,2&pin=1"]',
+        '[["0","4"],"#cell=0,4&pin=2","Position 2 ·the over the sites"]',
+        '["#cell=0,4&pin=2&colour=kl&theme=dark","dark","0"]',
+    ]
+
+
+def test_long_prompts_draw_only_what_is_in_view(make_reading, opened):
+    script = """
+      const grid = document.getElementById("grid");
+      const columns = () => [...document.querySelectorAll(".head .top")].map((c) => Number(c.dataset.p));
+      window.requestAnimationFrame = (draw) => draw();  // no frames are drawn while the document is dumped
+      const scroll = (left) => { grid.scrollLeft = left; grid.dispatchEvent(new Event("scroll")); };
+      const start = columns();
+      say([start.includes(1023), start.length < 60, document.querySelectorAll(".cell").length === 31 * start.length]);
+      scroll(0);
+      say([columns()[0], columns().length < 60, grid.tabIndex]);
+      scroll(grid.scrollWidth / 2);
+      const middle = columns(), box = grid.getBoundingClientRect();
+      const place = document.querySelector(`.top[data-p="${middle[5]}"]`).getBoundingClientRect();
+      say([middle[0] > 480 && middle[0] < 540, place.left > box.left && place.right < box.right]);
+    """
+    document = opened(driven(page(make_reading(n_sites=31, n_positions=1024)), script))
+    assert seen(document) == ["[true,true,true]", "[0,true,0]", "[true,true]"]
+
+
+def test_lines_are_open_where_a_token_is_not_known(make_reading, opened):
+    reading = make_reading(n_sites=3, n_positions=1, k=1, tokens=(" a", " b", " c"))
+    reading.arrays["top_id"][0, :, 0, 0] = [0, 1, 0]
+    reading.arrays["top_logprob"][0, :, 0, 0] = [-0.1, -0.2, -0.3]
+    paths = re.findall(r'<path d="(M[^"]*)" fill="none"', opened(page(reading)))
+    assert [path.count("M") for path in paths] == [2, 1, 2, 1, 1]
+    assert ["L" in path for path in paths] == [False, False, False, False, True]
+
+
+def test_empty_reading_and_frame(make_reading, opened):
+    assert "nothing was read" in opened(page(make_reading().at(position=[])))
+    assert "<iframe" in opened(embedded(make_reading(n_prompts=2)))
