@@ -32,6 +32,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -205,7 +206,9 @@ def one_default_model(default_model: ll.Model, monkeypatch: pytest.MonkeyPatch) 
 def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "88")
-    namespace: dict[str, Any] = {"__name__": page.stem}
+    module = ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    namespace = vars(module)
     problems: list[str] = []
     for block in blocks_of(page):
         if block.mark == "not run":

