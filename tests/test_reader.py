@@ -100,9 +100,7 @@ def test_the_capital_of_france(default_model: ll.Model) -> None:
     assert last.rank.values[0, -1, 0, 0] == 1
     assert last.rank.values[0, 0, 0, 0] > 100
     assert len(reading.sites) == 31
-    truth = torch.log_softmax(
-        default_model.module(torch.tensor([list(reading.prompts[0].ids)])).logits[0, -1].double(), -1
-    )
+    truth = torch.log_softmax(zoo.forward(default_model.module, list(reading.prompts[0].ids))[-1].double(), -1)
     assert last.logprob.values[0, -1, 0, 0] == pytest.approx(float(truth[reading.targets[0].id]), abs=2e-5)
 
 
