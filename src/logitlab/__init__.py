@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from logitlab.errors import VerificationError as VerificationError
     from logitlab.lenses import Lens as Lens
     from logitlab.lenses import LogitLens as LogitLens
+    from logitlab.logits import Statistics as Statistics
     from logitlab.models.capture import Activations as Activations
     from logitlab.models.capture import capture as capture
     from logitlab.models.handle import Model as Model
@@ -38,6 +39,7 @@ _HOME = {
     "ModelError": "errors",
     "Reading": "reading",
     "Site": "models.sites",
+    "Statistics": "logits",
     "Verification": "models.verify",
     "VerificationError": "errors",
     "capture": "models.capture",
@@ -57,6 +59,7 @@ __all__ = [
     "ModelError",
     "Reading",
     "Site",
+    "Statistics",
     "Verification",
     "VerificationError",
     "capture",

@@ -112,7 +112,7 @@ def read(
         targets=tuple(targets),
         labels={i: model.vocabulary.label(i) for i in sorted(ids)},
         arrays=arrays,
-        provenance=_provenance(model, lens, top_k, vocabulary is not None, backend),
+        provenance=_provenance(model, lens, top_k, vocabulary is not None, backend, batch_tokens),
         completions=_completions(model, prompts, where, arrays["top_id"]),
     )
 
@@ -354,16 +354,25 @@ def _completions(
     return found
 
 
-def _provenance(model: Model, lens: Lens, top_k: int, filtered: bool, backend: str) -> dict[str, Any]:
+def _provenance(
+    model: Model, lens: Lens, top_k: int, filtered: bool, backend: str, batch_tokens: int | None
+) -> dict[str, Any]:
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
+        "revision": getattr(getattr(model.module, "config", None), "_commit_hash", None),
         "architecture": type(model.module).__name__,
         "stack": model.stack.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "verification": model.verification.as_dict(),
         "lens": lens.describe(),
-        "settings": {"top_k": top_k, "vocabulary_filter": filtered, "backend": backend, "seed": torch.initial_seed()},
+        "settings": {
+            "top_k": top_k,
+            "vocabulary_filter": filtered,
+            "backend": backend,
+            "batch_tokens": batch_tokens,
+            "seed": torch.initial_seed(),
+        },
         "versions": {
             **{name: version(name) for name in ("logitlab", "torch", "transformers", "numpy")},
             "python": platform.python_version(),

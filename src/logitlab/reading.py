@@ -6,6 +6,7 @@ divergences are in nats, ranks count from 1. Raw logits are never part of it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,11 +165,12 @@ class Reading:
         return self.top_id.copy(data=names).rename("top_token").assign_attrs(units="token")
 
     def to_xarray(self) -> xr.Dataset:
-        """Everything as one xarray Dataset, with units and provenance as attributes."""
+        """Everything as one xarray Dataset, with units and provenance (nested parts as JSON) as attributes."""
         import xarray as xr
 
         names = [name for name in UNITS if name in self.arrays]
-        return xr.Dataset({name: self._labelled(name) for name in names}, attrs=dict(self.provenance))
+        attrs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.provenance.items()}
+        return xr.Dataset({name: self._labelled(name) for name in names}, attrs=attrs)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for every cell: prompt, site, position, token, top tokens, statistics, targets."""

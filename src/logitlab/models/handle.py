@@ -15,7 +15,7 @@ from torch import nn
 from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.models.decompose import BlockParts, decompose
 from logitlab.models.inputs import Encoded, encode
-from logitlab.models.sites import INDEXED_KINDS, Site, normalise_request, select_layers
+from logitlab.models.sites import INDEXED_KINDS, Site, SiteSpec, normalise_request, select_layers
 from logitlab.models.stack import Stack, find_stacks
 from logitlab.models.tail import Tail
 from logitlab.models.template import Template, device_of, forward_parameters
@@ -178,7 +178,7 @@ class Model:
         """What MLP neurons write to the residual stream, per unit of activation.
 
         Args:
-            layer: number of the layer.
+            layer: number of the layer; negative ones count from the end.
             neurons: which neurons; None for all.
 
         Returns:
@@ -187,8 +187,7 @@ class Model:
         Raises:
             InputError: the layer is out of range, or its MLP has no single output matrix.
         """
-        if not 0 <= layer < self.n_layers:
-            raise InputError(f"layer {layer} is out of range: this stack has {self.n_layers} layers")
+        (layer,) = select_layers(SiteSpec(layer, "neuron", None), self.n_layers)
         block = self.parts[layer]
         if block.neurons is None:
             raise InputError(f"layer {layer} of {self.name} has no value vectors: {block.reasons.get('neuron')}")
