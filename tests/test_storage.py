@@ -1,0 +1,150 @@
+"""What was saved comes back equal; a killed writer leaves the old file or the new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import logitlab as ll
+from logitlab.files import write_atomically, write_text
+from logitlab.reading import Prompt, Reading
+from tests import zoo
+
+
+def test_round_trip(llama: ll.Model, tmp_path: Path) -> None:
+    for reading in (
+        ll.read(llama, zoo.ids()),
+        ll.read(llama, ["The capital of France", "x", "The girl and the sea"], target=["a", 200]),
+        ll.read(llama, [zoo.ids(3), zoo.ids(8)], sites="head_out,1.neuron.3", positions=[0, -1], top_k=1),
+        ll.read(llama, "The girl").at(position=-1, site="2.resid_post"),
+    ):
+        again = Reading.load(reading.save(tmp_path / "r.parquet"))
+        assert again == reading
+        assert repr(again) == repr(reading)
+
+
+def test_hostile_labels_and_completions_survive(llama: ll.Model, tmp_path: Path) -> None:
+    plain = ll.read(llama, zoo.ids(3), target=[5])
+    first = int(plain.arrays["top_id"][0, 0, 0, 0])
+    odd = dataclasses.replace(
+        plain,
+        labels={**plain.labels, first: "\ud83d lone \x00 'quote\" \u202e"},
+        completions={(0, 2): {first: "🧪"}},
+        prompts=(Prompt("a\nb", plain.prompts[0].ids, ("\udcff", "b", "🧪(1/3)"), plain.prompts[0].positions),),
+    )
+    again = Reading.load(odd.save(tmp_path / "r.parquet"))
+    assert again == odd
+    assert again != plain
+    assert again.label(first, 0, 2) == "🧪"
+
+
+def test_equality_sees_every_part(llama: ll.Model) -> None:
+    a = ll.read(llama, zoo.ids(3), target=[5])
+    assert a == dataclasses.replace(a)
+    entropy = a.arrays["entropy"].copy()
+    entropy[0, 0, 0] += 1e-6
+    assert a != dataclasses.replace(a, arrays={**a.arrays, "entropy": entropy})
+    assert a != dataclasses.replace(a, provenance={**a.provenance, "model": "other"})
+    assert a != dataclasses.replace(a, sites=("x", *a.sites[1:]))
+    assert a != 1
+
+
+def test_the_table_is_readable_without_logitlab(llama: ll.Model, tmp_path: Path) -> None:
+    import pandas as pd
+
+    reading = ll.read(llama, ["The girl", "The capital"], target=[5])
+    table = pd.read_parquet(reading.save(tmp_path / "r.parquet"))
+    assert list(table.columns[:4]) == ["prompt", "site", "position", "token"]
+    row = table.iloc[-1]
+    assert row["token"] == reading.prompts[1].tokens[-1]
+    n, p = 1, len(reading.prompts[1].positions) - 1
+    np.testing.assert_array_equal(row["top_id"], reading.arrays["top_id"][n, -1, p])
+    assert row["entropy"] == reading.arrays["entropy"][n, -1, p]
+
+
+def test_labelled_views_agree(llama: ll.Model) -> None:
+    reading = ll.read(llama, ["The girl and the sea", "The girl"], target=[5, 9])
+    dataset = reading.to_xarray()
+    assert dataset["entropy"].attrs["units"] == "nats"
+    assert dataset.sizes["prompt"] == 2
+    assert reading.rank.dims == ("prompt", "site", "position", "target")
+    np.testing.assert_allclose(reading.prob.values, np.exp(reading.logprob.values))
+    frame = reading.to_pandas()
+    assert len(frame) == 4 * sum(len(p.ids) for p in reading.prompts)
+    cell = frame[(frame.prompt == 1) & (frame.site == "1.resid_post")].iloc[-1]
+    last = len(reading.prompts[1].ids) - 1
+    assert cell.entropy == pytest.approx(float(reading.entropy.values[1, 2, last]))
+    assert list(cell.target_rank) == reading.rank.values[1, 2, last].tolist()
+    assert cell.top[0] == reading.top_token.values[1, 2, last, 0]
+    assert np.isnan(reading.entropy.values[1, 0, -1])
+    assert reading.top_token.values[1, 0, -1, 0] == ""
+
+
+def test_at_selects_from_each_prompts_own_end(llama: ll.Model) -> None:
+    reading = ll.read(llama, ["The girl and the sea", "The girl"])
+    last = reading.at(position=-1)
+    for n, prompt in enumerate(reading.prompts):
+        expected = reading.arrays["entropy"][n, :, len(prompt.ids) - 1]
+        np.testing.assert_array_equal(last.arrays["entropy"][n, :, 0], expected)
+        assert last.prompts[n].positions == (len(prompt.ids) - 1,)
+    one = reading.at(prompt=1, site=["1.resid_post"], position=[0, 1])
+    assert one.arrays["entropy"].shape == (1, 1, 2)
+    for bad in ({"prompt": 2}, {"site": "9.resid_post"}, {"position": 99}):
+        with pytest.raises(ll.InputError, match=r"not in this Reading|was not read"):
+            reading.at(**bad)  # type: ignore[arg-type]
+    with pytest.raises(ll.InputError, match="no target was asked for"):
+        _ = reading.rank
+
+
+def test_write_keeps_the_old_file_when_the_writer_fails(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.txt", "old")
+    path.chmod(0o640)
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise RuntimeError("broken on purpose")
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+SAVE_FOR_EVER = """
+import sys
+from logitlab.reading import Reading
+a, b = Reading.load(sys.argv[1]), Reading.load(sys.argv[2])
+print("ready", flush=True)
+while True:
+    a.save(sys.argv[3])
+    b.save(sys.argv[3])
+"""
+
+
+def test_killed_while_saving(llama: ll.Model, tmp_path: Path) -> None:
+    a, b = ll.read(llama, zoo.ids(9)), ll.read(llama, zoo.ids(9, seed=9), target=[3])
+    files = [a.save(tmp_path / "a.parquet"), b.save(tmp_path / "b.parquet")]
+    target = a.save(tmp_path / "c.parquet")
+    random.seed(0)
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOR_EVER, *map(str, files), str(target)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0.01, 0.2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert Reading.load(target) in (a, b)
