@@ -161,7 +161,7 @@ def test_a_closed_pipe_is_no_error(checkpoint: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("wait", [0.7, 1.6, 2.4])
+@pytest.mark.parametrize("wait", [1.0, 1.8, 2.6])
 def test_interrupt(wait: float, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [COMMAND, "read", "word " * 600, "--save", str(tmp_path / "a.parquet")],

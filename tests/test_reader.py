@@ -275,3 +275,106 @@ def test_split_characters_are_repaired(default_model: ll.Model) -> None:
     part = ll.read(default_model, begun, positions=-1, sites="29.resid_post", top_k=50)
     completed = [t for t in part.cell(0, -1, 0).tokens if "<" not in t]
     assert any(len(t.strip()) == 1 and ord(t.strip()) > 0x1F000 for t in completed), completed
+
+
+def test_blocks_that_put_tokens_before_prompts() -> None:
+    """XLNet's hidden states are [tokens, batch, width]; a batch must not scramble them."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = ll.wrap(transformers.XLNetLMHeadModel(config))
+    prompts = [zoo.ids(4), zoo.ids(4, seed=8), zoo.ids(6, seed=9)]
+    together = ll.read(model, prompts, batch_tokens=100)
+    for n, prompt in enumerate(prompts):
+        alone = ll.read(model, prompt).arrays["entropy"]
+        np.testing.assert_allclose(together.arrays["entropy"][n : n + 1, :, : len(prompt)], alone, atol=1e-5)
+        truth = log_probabilities(model.module, prompt)
+        np.testing.assert_allclose(alone[0, -1], -(truth.exp() * truth).sum(-1), atol=1e-5)
+
+
+def test_a_model_in_training_is_read_in_evaluation_mode() -> None:
+    module = zoo.build("gpt2", embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5)
+    model = ll.wrap(module)
+    quiet = ll.read(model, zoo.ids()).arrays["entropy"]
+    module.train()
+    module.transformer.h[1].eval()
+    np.testing.assert_array_equal(ll.read(model, zoo.ids()).arrays["entropy"], quiet)
+    assert module.training
+    assert module.transformer.h[0].attn.training
+    assert not module.transformer.h[1].training
+
+
+def test_two_handles_on_one_module_may_run_in_threads() -> None:
+    import threading
+
+    module = zoo.build("gpt2")
+    handles = [ll.wrap(module), ll.wrap(module)]
+    alone = ll.read(handles[0], zoo.ids()).arrays["entropy"]
+    found: list[Any] = []
+
+    def work(handle: ll.Model) -> None:
+        for _ in range(10):
+            found.append(ll.read(handle, zoo.ids()).arrays["entropy"])
+
+    threads = [threading.Thread(target=work, args=(h,)) for h in handles]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 20
+    for values in found:
+        np.testing.assert_array_equal(values, alone)
+
+
+def test_the_fingerprint_follows_a_change_of_weights() -> None:
+    module = zoo.build("gpt2")
+    model = ll.wrap(module)
+    before = ll.read(model, zoo.ids()).provenance["fingerprint"]
+    module.transformer.h[0].mlp.c_proj.weight.data.mul_(3)
+    assert ll.read(model, zoo.ids()).provenance["fingerprint"] != before
+
+
+def test_masks_and_numbers_of_other_libraries(llama: ll.Model) -> None:
+    mask = torch.zeros(300, dtype=torch.bool)
+    mask[50:60] = True
+    by_ids = ll.read(llama, zoo.ids(), vocabulary=range(50, 60), target=[np.int64(52)])
+    for vocabulary in (mask, mask.numpy()):
+        reading = ll.read(llama, zoo.ids(), vocabulary=vocabulary, target=torch.tensor(52), positions=np.arange(7))
+        for key, values in by_ids.arrays.items():
+            np.testing.assert_array_equal(reading.arrays[key], values)
+    assert set(np.unique(by_ids.arrays["top_id"])) <= set(range(50, 60))
+    with pytest.raises(ll.InputError, match=r"the vocabulary mask has shape \(3,\)"):
+        ll.read(llama, zoo.ids(), vocabulary=mask[:3])
+    with pytest.raises(ll.InputError, match="holds fractions"):
+        ll.read(llama, zoo.ids(), vocabulary=mask.float())
+    tokens = [np.int64(i) for i in zoo.ids()]
+    assert ll.read(llama, tokens, positions=np.int64(-1)).prompts[0].positions == (6,)
+    for bad in ({"target": 5.0}, {"positions": [True]}, {"top_k": 2.5}):
+        with pytest.raises(ll.InputError, match="is not a whole number"):
+            ll.read(llama, zoo.ids(), **bad)
+    with pytest.raises(ll.InputError, match="neuron 48 does not exist: layer 0 has 48"):
+        llama.value_vectors(0, [48])
+    with pytest.raises(ll.InputError, match="not finite"):
+        ll.decode(llama, torch.full((1, 32), torch.nan))
+    with pytest.raises(ll.InputError, match=r"shape \(32,\)"):
+        ll.decode(llama, torch.zeros(32))
+
+
+def test_positions_that_roberta_keeps_for_padding() -> None:
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=66,
+        pad_token_id=1,
+    )
+    model = ll.wrap(transformers.RobertaForMaskedLM(config))
+    assert model.context_length == 64
+    ll.read(model, zoo.ids(64), positions=-1)
+    with pytest.raises(ll.InputError, match="context holds 64"):
+        ll.read(model, zoo.ids(65))

@@ -101,13 +101,18 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "BloomConfig",
         {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 3, "n_head": 4},
     ),
+    "falcon": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _GROUPED | {"num_local_experts": 4}),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _GROUPED),
     "phi": ("PhiForCausalLM", "PhiConfig", _COMMON),
 }
 
 # The thirteen families that the test contract names; the others come on top.
-FAMILIES = tuple(name for name in CONFIGS if name not in ("albert", "bloom", "mixtral", "olmo2", "phi"))
+FAMILIES = tuple(name for name in CONFIGS if name not in ("albert", "bloom", "falcon", "mixtral", "olmo2", "phi"))
 ALL = tuple(CONFIGS)
 
 

@@ -1,4 +1,4 @@
-"""logitlab reads, steers and trains any model through its logits.
+"""logitlab reads language models through their logits.
 
 Names are imported when they are first used, so ``import logitlab`` is quick and needs no torch.
 """

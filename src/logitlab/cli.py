@@ -33,7 +33,7 @@ _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ 
 
 app = typer.Typer(
     name="logitlab",
-    help="Read, steer and train any model through its logits.",
+    help="Read language models through their logits.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -341,6 +341,7 @@ def _load(
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in our one line
         from logitlab.models.load import load
 
         return load(

@@ -17,7 +17,7 @@ from logitlab.lenses.logit import LogitLens
 from logitlab.logits import Statistics, statistics
 from logitlab.models.capture import Activations, capture_encoded, select_positions
 from logitlab.models.handle import Model
-from logitlab.models.inputs import Encoded, check_text
+from logitlab.models.inputs import Encoded, check_text, whole_number
 from logitlab.models.sites import Site
 from logitlab.reading import Array, Prompt, Reading, Target
 
@@ -80,6 +80,7 @@ def read(
         ``read(model, "The capital of France is", target=" Paris").at(position=-1).rank``
     """
     prompts = model.encode(inputs, decoder=decoder)
+    top_k = whole_number(top_k, "top_k")
     chosen = model.select_sites(sites)
     if model.last_site not in chosen:
         chosen = sorted([*chosen, model.last_site], key=lambda s: s.order)
@@ -101,7 +102,7 @@ def read(
     for group in _groups(where):
         activations = capture_encoded(model, prompts[group], chosen, where[group], batch_tokens)
         _check_finite(activations, group.start)
-        with model.lock:
+        with model.exclusive():
             results.append(_decode(model, activations, lens, targets, top_k, allowed, backend, tell))
     result = Statistics.join(results, dim=1)
     arrays = _arrays(result, where, len(chosen))
@@ -140,11 +141,15 @@ def decode(
     Example:
         ``decode(model, model.value_vectors(12, [0, 1])).top_ids`` has shape [1, 2, 5].
     """
+    if hidden.ndim not in (2, 3):
+        raise InputError(f"the vectors have shape {tuple(hidden.shape)}; give [rows, width] or [groups, rows, width]")
+    if not bool(torch.isfinite(hidden).all()):
+        raise InputError("the vectors are not finite: some values are NaN or infinite")
     if hidden.shape[-1] != model.width:
         raise InputError(
             f"the vectors have width {hidden.shape[-1]}; the hidden states of {model.name} have {model.width}"
         )
-    with model.lock:
+    with model.exclusive():
         flat = model.tail.prepare(hidden.reshape(-1, model.width))
         rows = flat.reshape(*hidden.shape[:-1], flat.shape[-1])
         ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
@@ -160,10 +165,12 @@ def resolve_targets(model: Model, target: str | int | Sequence[str | int] | None
     """
     if target is None:
         return []
-    items = [target] if isinstance(target, str | int) else list(target)
+    single: Any = target
+    alone = isinstance(single, str) or not hasattr(single, "__iter__") or getattr(single, "ndim", 1) == 0
+    items: list[Any] = [single] if alone else list(single)
     found: list[Target] = []
     for item in items:
-        number = item if isinstance(item, int) else _one_token(model, item)
+        number = _one_token(model, item) if isinstance(item, str) else whole_number(item, "target")
         if not 0 <= number < model.vocab_size:
             raise InputError(f"target id {number} is not in the vocabulary (0 to {model.vocab_size - 1})")
         if number not in [t.id for t in found]:
@@ -214,8 +221,17 @@ def _allowed(model: Model, vocabulary: VocabularyFilter | None) -> torch.Tensor 
     if callable(vocabulary) and not isinstance(vocabulary, torch.Tensor):
         ids = [i for i in range(model.vocab_size) if vocabulary(model.vocabulary.label(i))]
     else:
-        values: Any = vocabulary.tolist() if isinstance(vocabulary, torch.Tensor) else vocabulary
-        ids = [int(i) for i in values]
+        values: Any = torch.as_tensor(vocabulary)
+        if values.dtype == torch.bool:
+            if values.shape != allowed.shape:
+                raise InputError(
+                    f"the vocabulary mask has shape {tuple(values.shape)}; "
+                    f"the vocabulary has {model.vocab_size} entries"
+                )
+            values = values.nonzero().squeeze(1)
+        if values.is_floating_point():
+            raise InputError("the vocabulary filter holds fractions; give token ids, a boolean mask, or a function")
+        ids = [int(i) for i in values.reshape(-1).tolist()]
         bad = next((i for i in ids if not 0 <= i < model.vocab_size), None)
         if bad is not None:
             raise InputError(f"the vocabulary filter names id {bad}; ids go from 0 to {model.vocab_size - 1}")
@@ -238,8 +254,9 @@ def _groups(where: Sequence[Sequence[int]]) -> Iterator[slice]:
 
 def _check_finite(activations: Activations, first: int) -> None:
     """Say where hidden states stop being finite: the first site, then the first prompt and position."""
-    for site in activations.sites:
-        rows = activations.kept[site.layer, site.kind]
+    first_sites = {(site.layer, site.kind): site for site in reversed(activations.sites)}  # heads share one tensor
+    for key, site in sorted(first_sites.items(), key=lambda item: item[1].order):
+        rows = activations.kept[key]
         bad = (~torch.isfinite(rows).all(dim=-1)).nonzero()
         if bad.numel():
             row = int(bad[0])

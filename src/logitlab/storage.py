@@ -103,6 +103,9 @@ def _from_table(table: pa.Table, meta: Any) -> Reading:
 
     prompts = tuple(Prompt(text, tuple(i), tuple(t), tuple(p)) for text, i, t, p in meta["prompts"])
     sites = tuple(meta["sites"])
+    cells = len(sites) * sum(len(p.positions) for p in prompts)
+    if cells != table.num_rows:
+        raise ValueError(f"{table.num_rows} rows for {cells} cells")
     arrays: dict[str, Array] = {}
     for name in table.column_names[4:]:
         column = table.column(name).combine_chunks()

@@ -125,6 +125,29 @@ def test_many_equal_rows_of_a_head() -> None:
     assert_same(*both(x, Head(weight), top_k=20, targets=torch.tensor([100, 250, 3999])))
 
 
+def test_rows_of_zeros_tie_every_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead neuron's value is a zero row: all ties, which must cost neither memory nor hours."""
+    head = random_head(20_000, 16)
+    x = torch.cat([torch.zeros(1, 300, 16), random_rows(1, 3, 16)], dim=1)
+    pairs = 0
+    original = Head.logits_at
+
+    def watched(self: Head, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        nonlocal pairs
+        pairs += ids.numel()
+        return original(self, rows, ids)
+
+    monkeypatch.setattr(Head, "logits_at", watched)
+    s = statistics(x, head, targets=torch.tensor([7, 19_999]), reference=x[0])
+    assert pairs < 303 * 200
+    assert s.top_ids[0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert s.target_rank is not None
+    assert s.target_rank[0, 299].tolist() == [8, 20_000]
+    exact = statistics(x[:, -4:], head, targets=torch.tensor([7, 19_999]), reference=x[0, -4:], backend="reference")
+    for name in ("top_ids", "target_rank"):
+        assert torch.equal(getattr(s, name)[:, -4:], getattr(exact, name))
+
+
 @pytest.mark.parametrize("z", ["equal", "one-hot", "huge", "minus infinity"])
 def test_extreme_logits(z: str) -> None:
     n = 3000

@@ -13,7 +13,7 @@ from tests import zoo
 
 NEURONS = ["gpt2", "llama", "qwen3", "cohere", "granite", "gpt_neox", "opt", "t5", "bloom", "phi"]
 HEADS = [*NEURONS, "mixtral"]
-SUMS = [*HEADS, "gemma2", "gemma3", "olmo2"]
+SUMS = [*HEADS, "falcon", "gemma2", "gemma3", "olmo2"]
 
 
 def states(name: str, sites: str) -> Activations:

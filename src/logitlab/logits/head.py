@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +35,17 @@ class Head:
         """Number of columns V."""
         return int(self.weight.shape[0])
 
-    @cached_property
+    @property
     def largest_row(self) -> float:
-        """Largest Euclidean norm of a row of ``weight``."""
-        return max((float(part.float().norm(dim=1).max()) for part in self.weight.split(2**14)), default=0.0)
+        """Largest Euclidean norm of a row of ``weight``; computed again when the weight has changed."""
+        w = self.weight
+        state = (w.data_ptr(), None if w.is_inference() else w._version)
+        if self.__dict__.get("_state") != state:
+            largest = max((float(part.float().norm(dim=1).max()) for part in w.split(2**14)), default=0.0)
+            self.__dict__.update(_state=state, _largest=largest)
+        return self.__dict__["_largest"]
 
-    @cached_property
+    @property
     def extra_error(self) -> float:
         """Rounding error that bias, soft-cap and offset can add to a float32 logit."""
         sizes = [0.0 if t is None else float(t.float().abs().max()) for t in (self.bias, self.offset)]

@@ -8,6 +8,7 @@ from logitlab.logits.head import Head, LogitSource
 from logitlab.logits.statistics import TIE, Request, Statistics
 
 ROWS = 16
+COLUMNS = 8192
 
 
 def reference(
@@ -27,7 +28,8 @@ def reference(
 def float64_logits(x: torch.Tensor, source: Head | LogitSource) -> torch.Tensor:
     """Logits [n, V] of rows in float64 (of a `LogitSource`: its own numbers, as float64)."""
     if isinstance(source, Head):
-        return source.logits(x, dtype=torch.float64)
+        columns = range(0, source.vocab_size, COLUMNS)  # a float64 copy of a whole head could be gigabytes
+        return torch.cat([source.logits(x, slice(c, c + COLUMNS), torch.float64) for c in columns], dim=1)
     return source.compute(x).double()
 
 

@@ -23,6 +23,7 @@ TILE = 2048
 GROUP = 32  # columns that share one maximum when candidates are looked for
 SPARE = 11  # candidates beyond top_k: they also carry the float64 correction of the sums
 RUN = 128  # products that are summed in float32 before float64 takes over
+CROWD = 64  # columns of a tile that are rescored one by one; where more are close, the row's tile is
 PAIRS = 2**15  # (row, column) pairs rescored at once
 
 
@@ -57,6 +58,9 @@ class _HeadRows:
     def tile(self, columns: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.head.logits(self.x, columns, dtype)
 
+    def some(self, rows: torch.Tensor) -> _HeadRows:
+        return _HeadRows(self.x[rows], self.head)
+
     def at(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Float64 logits of (row, column) pairs, both [n]."""
         parts = [
@@ -81,9 +85,12 @@ class _HeadRows:
 class _SourceRows:
     """Rows whose logits come from the model's own tail; they are taken as they are."""
 
-    def __init__(self, x: torch.Tensor, source: LogitSource) -> None:
-        self.z = source.compute(x).float().clamp_min(-1e38)  # -inf would turn 0 * -inf into NaN
-        self.bound = torch.full((x.shape[0], 1), 2 * TIE, dtype=torch.float64, device=self.z.device)
+    def __init__(self, z: torch.Tensor) -> None:
+        self.z = z.float().clamp_min(-1e38)  # -inf would turn 0 * -inf into NaN
+        self.bound = torch.full((z.shape[0], 1), 2 * TIE, dtype=torch.float64, device=z.device)
+
+    def some(self, rows: torch.Tensor) -> _SourceRows:
+        return _SourceRows(self.z[rows])
 
     def tile(self, columns: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.z[:, columns].to(dtype)
@@ -97,7 +104,7 @@ _Rows = _HeadRows | _SourceRows
 
 def _rows(x: torch.Tensor, source: Head | LogitSource) -> _Rows:
     flat = x.reshape(-1, x.shape[-1])
-    return _HeadRows(flat, source) if isinstance(source, Head) else _SourceRows(flat, source)
+    return _HeadRows(flat, source) if isinstance(source, Head) else _SourceRows(source.compute(flat))
 
 
 def _at_all(rows: _Rows, ids: torch.Tensor) -> torch.Tensor:
@@ -160,10 +167,10 @@ def _block(x: torch.Tensor, source: Head | LogitSource, request: Request, base: 
         result.kl = scan.kl(lse)
     unsure = scan.unsure(request.top_k)
     if bool(unsure.any()):  # more near-ties than candidates: settle those rows in full
-        flat = x.reshape(-1, x.shape[-1])[unsure]
-        exact = reference(flat.unsqueeze(0), source, Request(request.top_k, None, request.allowed), None)
-        result.top_ids[unsure] = exact.top_ids[0].to(result.top_ids.device)
-        result.top_logprob[unsure] = exact.top_logprob[0].to(result.top_ids.device)
+        distinct, copies = x.reshape(-1, x.shape[-1])[unsure].unique(dim=0, return_inverse=True)
+        exact = reference(distinct.unsqueeze(0), source, Request(request.top_k, None, request.allowed), None)
+        result.top_ids[unsure] = exact.top_ids[0][copies].to(result.top_ids.device)
+        result.top_logprob[unsure] = exact.top_logprob[0][copies].to(result.top_ids.device)
     values = (getattr(result, name) for name in Statistics.__dataclass_fields__)
     return Statistics(*(None if v is None else v.reshape(groups, positions, *v.shape[1:]) for v in values))  # pyright: ignore[reportArgumentType]
 
@@ -232,7 +239,6 @@ class _Scan:
             self.target = _at_all(rows, ids)
             self.low, self.high = (self.target - rows.bound).float(), (self.target + rows.bound).float()
             self.before = torch.zeros_like(ids)
-        self.close: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def run(self) -> None:
         """Go over all tiles, then settle in float64 what float32 cannot."""
@@ -250,7 +256,6 @@ class _Scan:
         self.best.rescore(self.rows)
         if self.ranked is not self.best:
             self.ranked.rescore(self.rows)
-        self._settle_ranks()
 
     def _sums(self, z: torch.Tensor, top: torch.Tensor) -> None:
         new = torch.maximum(self.max, top)
@@ -279,20 +284,33 @@ class _Scan:
             self.before[:, m] += above
             rows = (maybe > above).nonzero().squeeze(1)
             if rows.numel():
-                some = z[rows]
-                near = (some >= self.low[rows, m : m + 1]) & (some <= self.high[rows, m : m + 1])
-                row, column = near.nonzero(as_tuple=True)
-                self.close.append((rows[row], column + columns.start, torch.full_like(row, m)))
+                crowded = (maybe - above)[rows] > CROWD
+                self._settle_pairs(z, rows[~crowded], columns, m)
+                self._settle_rows(z, rows[crowded], columns, m)
 
-    def _settle_ranks(self) -> None:
-        if self.target is None or not self.close:
-            return
-        rows, ids, which = (torch.cat(parts) for parts in zip(*self.close, strict=True))
+    def _settle_pairs(self, z: torch.Tensor, rows: torch.Tensor, columns: slice, m: int) -> None:
+        """Count the columns of a tile that are too close to call, one by one in float64."""
+        near = (z[rows] >= self.low[rows, m : m + 1]) & (z[rows] <= self.high[rows, m : m + 1])
+        row, column = near.nonzero(as_tuple=True)
+        row, column = rows[row], column + columns.start
+        first = self._first(self.rows.at(row, column), column, row, m)
+        self.before[:, m].index_put_((row,), first.long(), accumulate=True)
+
+    def _settle_rows(self, z: torch.Tensor, rows: torch.Tensor, columns: slice, m: int) -> None:
+        """The same for rows where many columns are close (a zero row ties them all): a float64 tile."""
+        ids = torch.arange(columns.start, columns.stop, device=rows.device)
+        for row in rows.split(64):
+            near = (z[row] >= self.low[row, m : m + 1]) & (z[row] <= self.high[row, m : m + 1])
+            exact = self.rows.some(row).tile(columns, torch.float64)
+            first = self._first(exact, ids, row.unsqueeze(1), m)
+            self.before[row, m] += (near & first).sum(dim=1)
+
+    def _first(self, z: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, m: int) -> torch.Tensor:
+        """Whether columns with float64 logits ``z`` come before target ``m`` of their rows."""
+        assert self.target is not None
         assert self.request.targets is not None
-        z = torch.round(self.rows.at(rows, ids) / TIE)
-        own = torch.round(self.target[rows, which] / TIE)
-        first = (z > own) | ((z == own) & (ids < self.request.targets.to(ids.device)[which]))
-        self.before.index_put_((rows, which), first.long(), accumulate=True)
+        steps, own = torch.round(z / TIE), torch.round(self.target[rows, m] / TIE)
+        return (steps > own) | ((steps == own) & (ids < self.request.targets[m].to(ids.device)))
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-sum-exp and entropy, the candidates' share taken from their float64 logits."""

@@ -15,7 +15,7 @@ from logitlab.errors import InputError, ModelError
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
 from logitlab.models.hooks import StopForward, Taps, first_tensor, hidden_input
-from logitlab.models.inputs import Encoded
+from logitlab.models.inputs import Encoded, whole_number
 from logitlab.models.sites import Site
 
 
@@ -130,7 +130,8 @@ def capture_encoded(
     done = 0
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    for batch in _batches(prompts, batch_tokens or 1, padded=model.takes("attention_mask")):
+    most = (batch_tokens or 1) if model.stack.batch_first else 1
+    for batch in _batches(prompts, most, padded=model.takes("attention_mask")):
         chosen = [positions[n] for n in batch]
         for key, rows in _forward(model, [prompts[n] for n in batch], keys, chosen).items():
             for n, part in zip(batch, rows.split([len(p) for p in chosen]), strict=True):
@@ -160,7 +161,9 @@ def select_positions(positions: int | slice | Sequence[int] | None, length: int,
             raise InputError("the step of a slice of positions is 0; it must be another whole number")
         chosen = list(range(length))[positions]
     else:
-        wanted = [positions] if isinstance(positions, int) else list(positions)
+        one: Any = positions
+        many = list(one) if getattr(one, "ndim", 1) == 1 and not isinstance(one, int) else [one]
+        wanted = [whole_number(p, "position") for p in many]
         for p in wanted:
             if not -length <= p < length:
                 raise InputError(
@@ -250,7 +253,7 @@ def _forward(
         rows = shaped[batch_index.to(value.device), token_index.to(value.device)].detach()
         found[key] = rows if scale == 1.0 else rows * scale
 
-    with model.lock, Taps() as taps:
+    with model.exclusive(), Taps() as taps:
         _attach(model, keys, keep, taps)
         if model.tail.head_module is not None:
             taps.replace(model.tail.head_module, _stop)

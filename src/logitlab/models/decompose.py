@@ -329,7 +329,7 @@ def _kinds(record: _Record, block: Block, sources: list[_Source]) -> list[str] |
     shaken[:, -2] += noise * shaken.std()  # next to the last position: short convolutions see no further
 
     def other_hidden(value: torch.Tensor) -> torch.Tensor:
-        return shaken if _equal(value, record.entering) else value
+        return shaken.clone() if _equal(value, record.entering) else value.clone()
 
     def other_encoder(value: torch.Tensor) -> torch.Tensor:
         return value + 1 if value.ndim == 3 and value.shape[1] == ENCODER_TOKENS else value
@@ -372,7 +372,7 @@ def _rerun(
 
     def hold(source: _Source) -> Any:
         def answer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return with_hidden(output, source.out)
+            return with_hidden(output, source.out.clone())  # some blocks add in place
 
         return answer
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -59,13 +61,29 @@ class Model:
         self.parts = tuple(parts)
         self.verification = verification
         self.vocabulary = Vocabulary(tokenizer, tail.vocab_size)
-        self.lock = threading.RLock()
 
     def __repr__(self) -> str:
         return (
             f"Model({self.name}: {self.stack.name}, {self.n_layers} layers of width {self.width}, "
             f"vocabulary {self.vocab_size}; {self.verification.text})"
         )
+
+    @contextmanager
+    def exclusive(self) -> Generator[None]:
+        """Hold the module for one piece of work: one thread at a time, in evaluation mode.
+
+        The lock belongs to the module, so two handles on one module share it. What was in training
+        mode is again afterwards.
+        """
+        with _lock_of(self.module):
+            training = [m for m in self.module.modules() if m.training]
+            for m in training:
+                m.training = False
+            try:
+                yield
+            finally:
+                for m in training:
+                    m.training = True
 
     @property
     def n_layers(self) -> int:
@@ -105,16 +123,25 @@ class Model:
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
             value = getattr(text, name, None)
             if isinstance(value, int) and value > 0:
-                return value
+                return value - self._reserved_positions(value)
         return None
 
-    @cached_property
+    def _reserved_positions(self, size: int) -> int:
+        """Rows of a position embedding that no token gets (RoBERTa counts from its padding index on)."""
+        for m in self.module.modules():
+            if not isinstance(m, nn.Embedding) or m.padding_idx is None or size == self.input_vocab_size:
+                continue
+            if m.num_embeddings == size:
+                return int(m.padding_idx) + 1
+        return 0
+
+    @property
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 over the configuration and a fixed sample of every parameter.
 
         For each parameter its name, shape, dtype and up to 64 evenly spaced values are hashed, so a
-        fingerprint takes milliseconds and works for models in memory; a change of a few values
-        between the sampled ones is not seen.
+        fingerprint takes milliseconds, follows the weights when they change, and works for models in
+        memory; a change of a few values between the sampled ones is not seen.
         """
         digest = hashlib.sha256()
         config: Any = getattr(self.module, "config", None)
@@ -191,6 +218,10 @@ class Model:
         block = self.parts[layer]
         if block.neurons is None:
             raise InputError(f"layer {layer} of {self.name} has no value vectors: {block.reasons.get('neuron')}")
+        bad = next((i for i in neurons or () if not 0 <= i < block.neurons.parts), None)
+        if bad is not None:
+            most = block.neurons.parts - 1
+            raise InputError(f"neuron {bad} does not exist: layer {layer} has {most + 1} (0 to {most})")
         matrix = block.neurons.matrix()
         return matrix if neurons is None else matrix[list(neurons)]
 
@@ -231,6 +262,15 @@ class Model:
         return name in forward_parameters(self.module)
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(module: nn.Module) -> threading.RLock:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(module, threading.RLock())
+
+
 def wrap(module: nn.Module, tokenizer: Any = None, *, name: str | None = None, stack: str | None = None) -> Model:
     """Find a model's layer stack and tail, and prove that the tail is right.
 
@@ -254,6 +294,11 @@ def wrap(module: nn.Module, tokenizer: Any = None, *, name: str | None = None, s
     """
     module.eval()
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor carries its tokenizer
+    with _lock_of(module):
+        return _wrapped(module, tokenizer, name, stack)
+
+
+def _wrapped(module: nn.Module, tokenizer: Any, name: str | None, stack: str | None) -> Model:
     template = Template.of(module)
     stacks, logits = find_stacks(module, template)
     candidates = stacks if stack is None else _named(stack, stacks)

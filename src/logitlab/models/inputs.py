@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,25 @@ def encode(
     return prompts
 
 
+def whole_number(value: Any, what: str) -> int:
+    """A Python, NumPy or torch whole number as an int.
+
+    Raises:
+        InputError: it is something else, a truth value for instance.
+    """
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    try:
+        if "bool" in kind:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{what} {value!r} is not a whole number") from None
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
+
+
 def _check(ids: Sequence[int], where: str, vocab_size: int, limit: int | None) -> None:
     if not ids:
         raise InputError(f"{where} is empty: give at least one token")
@@ -113,14 +133,14 @@ def _pairs(inputs: Any, tokenizer: Any) -> list[tuple[str | None, list[int]]]:
         items: Sequence[Any] = inputs
         if not items:
             return []
-        if all(isinstance(i, int) for i in items):
+        if all(_is_whole(i) for i in items):
             return [(None, [int(i) for i in items])]
         if all(isinstance(i, str) for i in items):
             return [_from_text(i, tokenizer) for i in items]
         if all(isinstance(i, Mapping) for i in items):
             return [_from_chat(items, tokenizer)]
         if all(isinstance(i, Sequence) and not isinstance(i, str) for i in items):
-            if all(isinstance(j, int) for i in items for j in i):
+            if all(_is_whole(j) for i in items for j in i):
                 return [(None, [int(j) for j in i]) for i in items]
             if all(isinstance(j, Mapping) for i in items for j in i):
                 return [_from_chat(i, tokenizer) for i in items]
@@ -186,7 +206,12 @@ def _from_chat(messages: Sequence[Any], tokenizer: Any) -> tuple[str, list[int]]
     _need_tokenizer(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("this model's tokenizer has no chat template: pass the text as one string")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's own
+        raise InputError(
+            f"the model's chat template refuses these messages: {error}; give texts as 'content'"
+        ) from error
     return text, [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 

@@ -51,6 +51,12 @@ class Stack:
         return len(self.blocks)
 
     @property
+    def batch_first(self) -> bool:
+        """Whether hidden states are [batch, tokens, width]; XLNet's are [tokens, batch, width]."""
+        first = first_tensor(self.outputs[0])
+        return first is not None and first.shape[0] == 1
+
+    @property
     def n_parameters(self) -> int:
         """Number of parameters in the stack, shared ones counted once."""
         seen = {id(p): p.numel() for block in self.blocks for p in block.module.parameters()}

@@ -152,7 +152,10 @@ def verify_tail(tail: Tail, logits: torch.Tensor, dtype: torch.dtype) -> tuple[C
             "its hidden states do not lead to the logits one by one"
         )
     if not bool(torch.isfinite(truth).any()):
-        raise VerificationError("the model's own logits are not finite on a few ordinary tokens")
+        raise VerificationError(
+            f"the model's own logits are not finite on a few ordinary tokens{_first_not_finite(tail)}; "
+            "load it in float32, or look at its weights"
+        )
     decoded = tail.logits(hidden).to(truth.device)
     error = max_difference(decoded, truth)
     allowed = tolerance(dtype, finite_size(truth))
@@ -162,6 +165,15 @@ def verify_tail(tail: Tail, logits: torch.Tensor, dtype: torch.dtype) -> tuple[C
             f"{error:.2g} where rounding explains {allowed:.1g}; this model cannot be read"
         )
     return Check(name, True, error, allowed), _verify_fast_form(tail, hidden, decoded, truth, dtype)
+
+
+def _first_not_finite(tail: Tail) -> str:
+    """The block, in words, from which on hidden states are not finite; nothing if they all are."""
+    for layer, output in enumerate(tail.stack.outputs):
+        state = first_tensor(output)
+        if state is not None and not bool(torch.isfinite(state).all()):
+            return f": hidden states are not, from {layer}.resid_post of {tail.stack.name} on"
+    return ""
 
 
 def _verify_fast_form(
