@@ -169,14 +169,7 @@ def read(
             progress=lambda done, total: say(f"reading: {done:,} of {total:,} rows"),
         )
     notes = [f"note: {note}" for note in target_notes(handle, reading.targets)]
-    outputs = ((html, reading.html), (save, reading.save), (figure, reading.figure))
-    notes += [f"wrote {write(path)}" for path, write in outputs if path is not None]
-    if as_json:
-        _print_json(reading)
-    else:
-        _print_grid(reading, width, rows)
-    for note in notes:
-        print(note, file=sys.stderr)
+    _deliver(reading, notes, html=html, save=save, figure=figure, as_json=as_json, width=width, rows=rows)
 
 
 @app.command()
@@ -195,14 +188,7 @@ def show(
         _check_output(output)
     _check_figure(figure)
     reading = Reading.load(path)
-    outputs = ((html, reading.html), (figure, reading.figure))
-    notes = [f"wrote {write(output)}" for output, write in outputs if output is not None]
-    if as_json:
-        _print_json(reading)
-    else:
-        _print_grid(reading, width, rows)
-    for note in notes:
-        print(note, file=sys.stderr)
+    _deliver(reading, [], html=html, save=None, figure=figure, as_json=as_json, width=width, rows=rows)
 
 
 @app.command()
@@ -386,6 +372,28 @@ def _status(text: str) -> Generator[Callable[[str], None]]:
 
 def _say_nothing(message: str) -> None:
     pass
+
+
+def _deliver(
+    reading: Reading,
+    notes: list[str],
+    *,
+    html: Path | None,
+    save: Path | None,
+    figure: Path | None,
+    as_json: bool,
+    width: int | None,
+    rows: int | None,
+) -> None:
+    """Write the files first, so that a full disk leaves standard output empty; then print."""
+    outputs = ((html, reading.html), (save, reading.save), (figure, reading.figure))
+    notes = notes + [f"wrote {write(path)}" for path, write in outputs if path is not None]
+    if as_json:
+        _print_json(reading)
+    else:
+        _print_grid(reading, width, rows)
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def _print_grid(reading: Reading, width: int | None, rows: int | None) -> None:
