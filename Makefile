@@ -50,6 +50,7 @@ bench: $(VENV)/.dev ## measure speed, memory and start-up as ratios
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/batching.py
 
 check: lint test docs ## everything that CI runs
 

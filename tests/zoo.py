@@ -6,7 +6,6 @@ their defaults, and weights are large enough that a soft-cap bends the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -190,11 +189,3 @@ def save(folder: Any, name: str = "llama", **changes: Any) -> Any:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-def each_linear(model: Any) -> Iterator[torch.nn.Linear]:
-    """The linear modules of a model."""
-    return (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-
-
-Mutation = Callable[[Any], None]

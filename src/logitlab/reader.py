@@ -207,7 +207,8 @@ def _one_token(model: Model, text: str) -> int:
         if len(hint) == 1
         else "give one of them, or an id"
     )
-    raise InputError(f"target {text!r} is {len(ids)} tokens for this model: {pieces}; {advice}")
+    count = "another token" if len(ids) == 1 else f"{len(ids)} tokens"
+    raise InputError(f"target {text!r} is {count} for this model: {pieces}; {advice}")
 
 
 def _ids(model: Model, text: str) -> list[int]:

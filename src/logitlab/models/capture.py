@@ -97,8 +97,8 @@ def capture(
         decoder: what the decoder of an encoder-decoder model has already written.
         batch_tokens: put several prompts, padded on the right and masked, into one forward pass of
             at most this many tokens: quicker for many short prompts, but every block then rounds
-            differently (on a 30-layer model this moved divergences by 1e-4 nats). By default each
-            prompt has a pass of its own, so its values do not depend on its neighbours.
+            differently (``benchmarks/batching.py`` measures by how much). By default each prompt has
+            a pass of its own, so its values do not depend on its neighbours.
         progress: called with the numbers of prompts done and in all.
 
     Returns:
