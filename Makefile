@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format docs bench check clean
+.PHONY: help setup demo test slow lint format docs bench coverage coverage-slice check clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("logitlab needs Python 3.11 or newer; set PYTHON=python3.11") if sys.version_info < (3, 11) else None'
@@ -51,6 +51,12 @@ bench: $(VENV)/.dev ## measure speed, memory and start-up as ratios
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/batching.py
+
+coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has, and write docs/coverage.md
+	$(BIN)/logitlab verify --all
+
+coverage-slice: $(VENV)/.dev ## verify a few types of each task; fails if one got worse since docs/coverage.jsonl
+	$(BIN)/logitlab verify --all --slice --check
 
 check: lint test docs ## everything that CI runs
 

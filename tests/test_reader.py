@@ -243,6 +243,7 @@ def test_many_prompts_are_read_in_groups(llama: ll.Model, monkeypatch: pytest.Mo
 def test_hidden_states_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     module = zoo.build("llama")
     model = ll.wrap(module)
+    assert model.verification.offered  # the blocks are taken apart while they are whole
     with torch.no_grad():
         module.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
     with pytest.raises(ll.ModelError, match=r"NaN or infinite from site 1\.resid_post on \(prompt 0, position 0\)"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,8 @@ from logitlab.errors import InputError, LogitlabError, VerificationError
 if TYPE_CHECKING:
     from logitlab.models.handle import Model
     from logitlab.reading import Reading
+    from logitlab.zoo.coverage import Result
+    from logitlab.zoo.sweep import Choice
 
 FIGURES = (".png", ".svg", ".pdf")
 """Formats of figures, by the ending of the file's name."""
@@ -30,6 +33,11 @@ INTERRUPTED = 130
 
 # Typer brings its own copy of click from some version on; either way this is the base of its errors.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class _InterruptedError(LogitlabError):
+    """Ctrl-C during work that leaves something behind; the message says what and how to go on."""
+
 
 app = typer.Typer(
     name="logitlab",
@@ -67,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{_usage(error)} (see logitlab --help)", 2)
     except VerificationError as error:
         return _fail(str(error), 1)
+    except _InterruptedError as error:
+        return _fail(str(error), INTERRUPTED)
     except LogitlabError as error:
         return _fail(str(error), 2)
     except (BrokenPipeError, SystemExit) as error:
@@ -200,8 +210,56 @@ def verify(
     stack: StackName = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Instead of a model: tiny random ones of every type that transformers has.")
+    ] = False,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="With --all: only this task, as causal-lm; repeat for several.")
+    ] = None,
+    types: Annotated[
+        str | None, typer.Option(help="With --all: only types (or task/type) that fit this regular expression whole.")
+    ] = None,
+    only_slice: Annotated[
+        bool, typer.Option("--slice", help="With --all: only a few types of each task, for a quick look.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --all: processes; by default one a processor.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=1, help="With --all: seconds that a type may take (120).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --all: file of results; what it has is kept (docs/coverage.jsonl).")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="With --all: the Markdown page made of the results (beside them, .md).")
+    ] = None,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="With --all: forget earlier results of the chosen types; all, if of other versions."
+        ),
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="With --all: exit code 1 if a type that docs/coverage.jsonl has as verified is not."
+        ),
+    ] = False,
 ) -> None:
     """Load a model and print everything that is proved about it; exit code 1 if its tail is wrong."""
+    own = (as_json, dtype != "auto", device, stack, allow_pickle, trust_remote_code, model != "default")
+    sweeping = (task, types, only_slice, workers, timeout, out, page, restart, check)
+    if every:
+        if any(own):
+            raise InputError("--all makes its own models: leave out MODEL and the options about it")
+        from logitlab.zoo.sweep import Choice
+
+        choice = Choice(tuple(task or ()), types, only_slice)
+        _verify_all(choice, workers, timeout, out, page, restart=restart, check=check)
+        return
+    if any(sweeping):
+        raise InputError("that option belongs to logitlab verify --all: add --all")
     with _status("loading the model") as say:
         handle = _load(model, dtype, device, stack, allow_pickle, trust_remote_code, say)
     record = handle.verification
@@ -238,6 +296,59 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         return
     for item in found:
         print(f"{item['name']:44} {item['what']:34} {item['where']}")
+
+
+def _verify_all(
+    choice: Choice,
+    workers: int | None,
+    timeout: float | None,
+    out: Path | None,
+    page: Path | None,
+    *,
+    restart: bool,
+    check: bool,
+) -> None:
+    from logitlab.zoo import coverage, sweep
+
+    known = None
+    with TemporaryDirectory() as scratch:
+        kept = out is not None or not check
+        if check:
+            known = coverage.load(sweep.BASELINE) if sweep.BASELINE.exists() else None
+            if known is None:
+                raise InputError(
+                    f"there is no {sweep.BASELINE} to check against: run logitlab verify --all, and keep it"
+                )
+            if out is not None and out.resolve() == sweep.BASELINE.resolve():
+                raise InputError(f"--check compares with {out} and does not write it: give another --out, or none")
+        if out is None:
+            out = Path(scratch) / "now.jsonl" if check else sweep.BASELINE
+        if page is None and not check:
+            page = out.with_suffix(".md")
+        _check_output(page)
+        try:
+            with _progress() as report:
+                found = sweep.sweep(
+                    out, choice, workers=workers, timeout=timeout or sweep.TIMEOUT, restart=restart, report=report
+                )
+        except KeyboardInterrupt:
+            where = f"what is done is in {out}, the same command goes on from there" if kept else "nothing was kept"
+            raise _InterruptedError(f"interrupted; {where}") from None
+        written = [out] if kept else []
+        if page is not None:
+            written.append(coverage.write_page(found, page))
+    print(coverage.summary(found))
+    if written:
+        print(f"wrote {', '.join(map(str, written))}", file=sys.stderr)
+    if known is None:
+        return
+    print(f"{sweep.BASELINE}: {known.header.described}\nnow: {found.header.described}")
+    worse = coverage.compare(known, found, choice.takes)
+    for change in worse:
+        print(change)
+    if worse:
+        names = ", ".join(f"{change.was.task}/{change.was.type}" for change in worse)
+        raise VerificationError(f"{len(worse)} of the types that {sweep.BASELINE} has as verified are not: {names}")
 
 
 # -- helpers -----------------------------------------------------------------------------------
@@ -368,6 +479,35 @@ def _status(text: str) -> Generator[Callable[[str], None]]:
             status.update(Text(message))
 
         yield say
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[Result | None, int, int], None]]:
+    """Show on standard error how far a sweep is: a bar in a terminal, else a line for each result."""
+    if not sys.stderr.isatty():
+
+        def line(result: Result | None, done: int, total: int) -> None:
+            what = str(result) if result is not None else "done already"
+            if result is not None or done:
+                print(f"{done:>{len(str(total))}}/{total} {what}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False)) as bar:
+        shown = bar.add_task("starting", total=None)
+
+        def show(result: Result | None, done: int, total: int) -> None:
+            if result is not None and result.status != "verified":
+                bar.console.print(Text(str(result)))
+            words = "starting" if result is None else f"{result.task}/{result.type}"
+            bar.update(shown, description=words, completed=done, total=total)
+
+        yield show
 
 
 def _say_nothing(message: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,11 +16,15 @@ from logitlab.errors import InputError, ModelError
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
 from logitlab.logits import Statistics, statistics
-from logitlab.models.capture import Activations, capture_encoded, select_positions
+from logitlab.models.capture import Activations, by_tokens, capture_encoded, select_positions
+from logitlab.models.encoder import concept_labels
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded, check_text, whole_number
+from logitlab.models.patches import token_patches
 from logitlab.models.sites import Site
+from logitlab.models.vocabulary import ColumnLabels, Vocabulary
 from logitlab.reading import Array, Prompt, Reading, Target
+from logitlab.states import StateReading, check_concepts, pictures_of, read_states
 
 DECODE_ROWS = 4096
 """Rows whose head inputs are held at once."""
@@ -41,27 +46,37 @@ def read(
     top_k: int = 5,
     vocabulary: VocabularyFilter | None = None,
     decoder: Any = None,
+    concepts: Sequence[Any] | None = None,
     batch_tokens: int | None = None,
     backend: str = "tiled",
     progress: Callable[[int, int], None] | None = None,
 ) -> Reading:
-    """Decode hidden states of a model into statistics over its vocabulary.
+    """Decode hidden states of a model into statistics over what its own last step gives.
+
+    That is a vocabulary, classes, concepts (similarity to texts) or classes and boxes, see
+    ``model.space``. A model with one answer for the whole input (a classifier, CLIP) has a last
+    position ``pooled`` for it; its other positions are decoded one by one. A detector's positions are
+    its queries.
 
     Args:
         model: a handle from `logitlab.load` or `logitlab.wrap`.
         inputs: a text, a list of texts, chat messages, token ids, or encoded tensors (padding on
-            either side is left out). In an encoder-decoder model they go to the encoder.
+            either side is left out); a picture (path, PIL image, uint8 array), a sound (path, float
+            array), ``{"image": ..., "text": ...}``, or a list of such. In an encoder-decoder model they
+            go to the encoder.
         lens: the lens; by default the logit lens.
         sites: which sites, for instance ``"12.resid_post"``, ``"mlp_out"``, ``"::4.resid_post"``,
             ``"3.head_out"``, or a list of such; by default the residual stream. The output of the
             last block is always among them.
         positions: which tokens of each prompt: a number (negative counts from its end), a slice,
             several numbers, or None for all.
-        target: tokens whose log-probability and rank are wanted, as text that is one token, or ids.
+        target: tokens whose log-probability and rank are wanted, as text that is one token, or ids; of
+            classes and concepts their names, or numbers.
         top_k: how many of the most likely tokens to keep in each cell.
         vocabulary: which tokens are ranked: a function of a token's label, or ids. Only ranking is
             restricted; probabilities stay normalised over the whole vocabulary.
         decoder: text or ids that the decoder of an encoder-decoder model has already written.
+        concepts: texts that a picture is compared with, for models that do that (CLIP, SigLIP).
         batch_tokens: put several prompts into one padded, masked forward pass of at most this many
             tokens; by default each has its own, so that its numbers do not depend on its company
             (see `logitlab.capture`).
@@ -79,15 +94,41 @@ def read(
     Example:
         ``read(model, "The capital of France is", target=" Paris").at(position=-1).rank``
     """
-    prompts = model.encode(inputs, decoder=decoder)
+    check_concepts(model, concepts)
+    prompts = model.encode(inputs, decoder=decoder, concepts=concepts)
     top_k = whole_number(top_k, "top_k")
     chosen = model.select_sites(sites)
     if model.last_site not in chosen:
         chosen = sorted([*chosen, model.last_site], key=lambda s: s.order)
     lens = LogitLens() if lens is None else lens
     lens.check(model, chosen)
-    targets = resolve_targets(model, target)
-    allowed = _allowed(model, vocabulary)
+    columns = model.columns
+    if model.space.name == "concepts":
+        columns = ColumnLabels(concept_labels(concepts, _n_concepts(model, prompts)))
+    targets = resolve_targets(model, target, columns)
+    allowed = _allowed(columns, vocabulary)
+    provenance = _provenance(model, chosen, lens, top_k, vocabulary is not None, backend, batch_tokens)
+    if not by_tokens(model, prompts):
+        ids = torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None
+        found: list[StateReading] = []
+        for n, prompt in enumerate(prompts):
+            with model.exclusive():
+                found.append(
+                    read_states(
+                        model,
+                        prompt,
+                        chosen,
+                        lambda count, n=n: select_positions(positions, count, n),
+                        lens=lens,
+                        targets=ids,
+                        top_k=top_k,
+                        allowed=allowed,
+                        backend=backend,
+                    )
+                )
+            if progress is not None:
+                progress(n + 1, len(prompts))
+        return _reading_of_states(prompts, found, chosen, targets, columns, provenance)
     where = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
     total = len(chosen) * sum(len(w) for w in where)
     results: list[Statistics] = []
@@ -106,15 +147,53 @@ def read(
             results.append(_decode(model, activations, lens, targets, top_k, allowed, backend, tell))
     result = Statistics.join(results, dim=1)
     arrays = _arrays(result, where, len(chosen))
-    ids = {int(i) for i in np.unique(arrays["top_id"]) if i >= 0} | {t.id for t in targets}
     return Reading(
         prompts=tuple(_prompt(model, p, w) for p, w in zip(prompts, where, strict=True)),
         sites=tuple(map(str, chosen)),
         targets=tuple(targets),
-        labels={i: model.vocabulary.label(i) for i in sorted(ids)},
+        labels=_labels(columns, arrays, targets),
         arrays=arrays,
-        provenance=_provenance(model, lens, top_k, vocabulary is not None, backend, batch_tokens),
+        provenance=provenance,
         completions=_completions(model, prompts, where, arrays["top_id"]),
+    )
+
+
+def _labels(columns: Vocabulary, arrays: Mapping[str, Array], targets: Sequence[Target]) -> dict[int, str]:
+    ids = {int(i) for i in np.unique(arrays["top_id"]) if i >= 0} | {t.id for t in targets}
+    return {i: columns.label(i) for i in sorted(ids)}
+
+
+def _n_concepts(model: Model, prompts: Sequence[Encoded]) -> int:
+    """Number of columns of a comparison: texts for a picture, pictures for a text."""
+    name = "pixel_values" if model.tail.texts else "input_ids"
+    sizes = {int(p.extra[name].shape[0]) for p in prompts if name in p.extra}
+    if len(sizes) != 1:
+        raise InputError("all inputs of one reading must be compared with the same concepts")
+    return sizes.pop()
+
+
+def _reading_of_states(
+    prompts: Sequence[Encoded],
+    found: Sequence[StateReading],
+    sites: Sequence[Site],
+    targets: Sequence[Target],
+    columns: Vocabulary,
+    provenance: Mapping[str, Any],
+) -> Reading:
+    where = [r.positions for r in found]
+    arrays = _arrays(Statistics.join([r.statistics for r in found], dim=1), where, len(sites))
+    if all(r.boxes is not None for r in found):
+        boxes = torch.cat([r.boxes for r in found if r.boxes is not None], dim=1)
+        arrays["box"] = _table(boxes, np.float32, where, len(sites))
+    return Reading(
+        prompts=tuple(
+            Prompt(p.text, p.ids, r.tokens, r.positions, r.pictures) for p, r in zip(prompts, found, strict=True)
+        ),
+        sites=tuple(map(str, sites)),
+        targets=tuple(targets),
+        labels=_labels(columns, arrays, targets),
+        arrays=arrays,
+        provenance=provenance,
     )
 
 
@@ -156,8 +235,15 @@ def decode(
         return statistics(rows, model.tail.source, top_k=top_k, targets=ids, backend=backend)
 
 
-def resolve_targets(model: Model, target: str | int | Sequence[str | int] | None) -> list[Target]:
-    """The tokens that a caller names, as text or as ids.
+def resolve_targets(
+    model: Model, target: str | int | Sequence[str | int] | None, columns: Vocabulary | None = None
+) -> list[Target]:
+    """The tokens, classes or concepts that a caller names, as text or as ids.
+
+    Args:
+        model: the model.
+        target: what the caller gave.
+        columns: labels of the output's columns; by default the model's.
 
     Raises:
         InputError: an id is not in the vocabulary, or a text is not exactly one token; the message
@@ -165,16 +251,20 @@ def resolve_targets(model: Model, target: str | int | Sequence[str | int] | None
     """
     if target is None:
         return []
+    columns = model.columns if columns is None else columns
     single: Any = target
     alone = isinstance(single, str) or not hasattr(single, "__iter__") or getattr(single, "ndim", 1) == 0
     items: list[Any] = [single] if alone else list(single)
     found: list[Target] = []
     for item in items:
-        number = _one_token(model, item) if isinstance(item, str) else whole_number(item, "target")
-        if not 0 <= number < model.vocab_size:
-            raise InputError(f"target id {number} is not in the vocabulary (0 to {model.vocab_size - 1})")
+        if not isinstance(item, str):
+            number = whole_number(item, "target")
+        else:
+            number = _one_column(columns, item) if isinstance(columns, ColumnLabels) else _one_token(model, item)
+        if not 0 <= number < columns.size:
+            raise InputError(f"target id {number} is not in the vocabulary (0 to {columns.size - 1})")
         if number not in [t.id for t in found]:
-            found.append(Target(number, model.vocabulary.label(number)))
+            found.append(Target(number, columns.label(number)))
     return found
 
 
@@ -187,6 +277,22 @@ def target_notes(model: Model, targets: Sequence[Target]) -> list[str]:
         if len(ids) == 1 and ids[0] != t.id:
             notes.append(f"target {t.token!r} is token {t.id}; {other!r} is another token, {ids[0]}")
     return notes
+
+
+def _one_column(columns: ColumnLabels, text: str) -> int:
+    """The class or concept that a text names: exactly, or as a word of only one of them."""
+    wanted = text.strip().lower()
+    names = [name.lower() for name in columns.names]
+    exact = [i for i, name in enumerate(names) if name == wanted]
+    if len(exact) == 1:
+        return exact[0]
+    near = [i for i, name in enumerate(names) if wanted and wanted in re.split(r",\s*", name)]
+    near = near or [i for i, name in enumerate(names) if wanted and wanted in name]
+    if len(near) == 1:
+        return near[0]
+    some = [columns.names[i] for i in (near or range(len(names)))][:8]
+    problem = f"fits {len(near)} of the columns" if near else f"is none of the {len(names)} columns"
+    raise InputError(f"target {text!r} {problem}: {', '.join(some)}{' ...' if len(near or names) > 8 else ''}")
 
 
 def _one_token(model: Model, text: str) -> int:
@@ -215,27 +321,26 @@ def _ids(model: Model, text: str) -> list[int]:
     return [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def _allowed(model: Model, vocabulary: VocabularyFilter | None) -> torch.Tensor | None:
+def _allowed(columns: Vocabulary, vocabulary: VocabularyFilter | None) -> torch.Tensor | None:
     if vocabulary is None:
         return None
-    allowed = torch.zeros(model.vocab_size, dtype=torch.bool)
+    allowed = torch.zeros(columns.size, dtype=torch.bool)
     if callable(vocabulary) and not isinstance(vocabulary, torch.Tensor):
-        ids = [i for i in range(model.vocab_size) if vocabulary(model.vocabulary.label(i))]
+        ids = [i for i in range(columns.size) if vocabulary(columns.label(i))]
     else:
         values: Any = torch.as_tensor(vocabulary)
         if values.dtype == torch.bool:
             if values.shape != allowed.shape:
                 raise InputError(
-                    f"the vocabulary mask has shape {tuple(values.shape)}; "
-                    f"the vocabulary has {model.vocab_size} entries"
+                    f"the vocabulary mask has shape {tuple(values.shape)}; the vocabulary has {columns.size} entries"
                 )
             values = values.nonzero().squeeze(1)
         if values.is_floating_point():
             raise InputError("the vocabulary filter holds fractions; give token ids, a boolean mask, or a function")
         ids = [int(i) for i in values.reshape(-1).tolist()]
-        bad = next((i for i in ids if not 0 <= i < model.vocab_size), None)
+        bad = next((i for i in ids if not 0 <= i < columns.size), None)
         if bad is not None:
-            raise InputError(f"the vocabulary filter names id {bad}; ids go from 0 to {model.vocab_size - 1}")
+            raise InputError(f"the vocabulary filter names id {bad}; ids go from 0 to {columns.size - 1}")
     allowed[ids] = True
     if not ids:
         raise InputError("the vocabulary filter leaves no token to rank")
@@ -335,24 +440,32 @@ def _arrays(result: Statistics, where: Sequence[Sequence[int]], n_sites: int) ->
         "target_logprob": (result.target_logprob, np.float32),
         "target_rank": (result.target_rank, np.int64),
     }
+    return {
+        name: _table(tensor, dtype, where, n_sites) for name, (tensor, dtype) in named.items() if tensor is not None
+    }
+
+
+def _table(tensor: torch.Tensor, dtype: Any, where: Sequence[Sequence[int]], n_sites: int) -> Array:
+    """[prompts, sites, positions, ...] from [sites, rows, ...], short prompts filled up."""
+    values = tensor.cpu().numpy()
     width = max(len(w) for w in where)
-    arrays: dict[str, Array] = {}
-    for name, (tensor, dtype) in named.items():
-        if tensor is None:
-            continue
-        values = tensor.cpu().numpy()
-        fill = np.nan if dtype is np.float32 else -1
-        table = np.full((len(where), n_sites, width, *values.shape[2:]), fill, dtype=dtype)
-        start = 0
-        for n, w in enumerate(where):
-            table[n, :, : len(w)] = values[:, start : start + len(w)]
-            start += len(w)
-        arrays[name] = table
-    return arrays
+    fill = np.nan if dtype is np.float32 else -1
+    table = np.full((len(where), n_sites, width, *values.shape[2:]), fill, dtype=dtype)
+    start = 0
+    for n, w in enumerate(where):
+        table[n, :, : len(w)] = values[:, start : start + len(w)]
+        start += len(w)
+    return table
 
 
 def _prompt(model: Model, prompt: Encoded, positions: Sequence[int]) -> Prompt:
-    return Prompt(prompt.text, prompt.ids, tuple(model.vocabulary.labels(prompt.ids)), tuple(positions))
+    labels = model.vocabulary.labels(prompt.ids)
+    grids = token_patches(model.module, model.processor, prompt.ids, prompt.extra) if prompt.extra else []
+    for _, patches in grids:
+        for position, row, column in patches:
+            labels[position] = f"patch {row},{column}"
+    pictures = pictures_of(model, prompt, grids, prompt.extra.get("pixel_values")) if prompt.extra else ()
+    return Prompt(prompt.text, prompt.ids, tuple(labels), tuple(positions), pictures)
 
 
 def _completions(
@@ -373,8 +486,15 @@ def _completions(
 
 
 def _provenance(
-    model: Model, lens: Lens, top_k: int, filtered: bool, backend: str, batch_tokens: int | None
+    model: Model,
+    sites: Sequence[Site],
+    lens: Lens,
+    top_k: int,
+    filtered: bool,
+    backend: str,
+    batch_tokens: int | None,
 ) -> dict[str, Any]:
+    components = any(site.kind not in ("resid_pre", "resid_post") for site in sites)
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -382,7 +502,8 @@ def _provenance(
         "architecture": type(model.module).__name__,
         "stack": model.stack.name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "verification": model.verification.as_dict(),
+        "verification": model.verification.as_dict(decompositions=components),
+        "space": {"name": model.space.name, "per": model.space.per, "activation": model.space.activation},
         "lens": lens.describe(),
         "settings": {
             "top_k": top_k,

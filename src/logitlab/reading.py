@@ -31,8 +31,24 @@ UNITS = {
     "kl": "nats",
     "target_logprob": "nats",
     "target_rank": "1 = most likely",
+    "box": "fraction of the picture",
 }
 """Unit of every quantity in a Reading."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was part of a prompt, and which positions of the prompt stand for which part of it.
+
+    Attributes:
+        png: the picture as the model saw it (cut and scaled; the patch grid covers it), PNG bytes.
+        grid: rows and columns of patches; (0, 0) where no position stands for a part of the picture.
+        patches: (position, row, column) of every position that stands for a patch.
+    """
+
+    png: bytes = field(repr=False)
+    grid: tuple[int, int] = (0, 0)
+    patches: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,16 +56,20 @@ class Prompt:
     """One prompt as the model saw it.
 
     Attributes:
-        text: the text it came from; None when token ids were given.
-        ids: all its token ids, special tokens included.
-        tokens: a readable label for every id; characters split over several tokens are repaired.
+        text: the text it came from; None when token ids, a picture or a sound were given.
+        ids: all its token ids, special tokens included; empty where positions are no tokens.
+        tokens: a readable label for every position: a token (characters split over several tokens
+            are repaired), ``patch 3,4`` of a picture, ``query 7`` of a detector, ``pooled`` for the
+            answer of a model that gives one for the whole input.
         positions: the positions that were read, in order.
+        pictures: the pictures that it holds.
     """
 
     text: str | None
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     positions: tuple[int, ...]
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,7 @@ class Cell:
         kl: KL divergence of this distribution from the model's final one, in nats.
         target_probabilities: by target, in the Reading's order.
         target_ranks: by target, from 1.
+        box: of a detector's query: centre x, centre y, width and height as fractions of the picture.
     """
 
     tokens: tuple[str, ...]
@@ -81,6 +102,7 @@ class Cell:
     kl: float
     target_probabilities: tuple[float, ...]
     target_ranks: tuple[int, ...]
+    box: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +120,7 @@ class Reading:
         targets: the tokens that were asked for.
         labels: a readable label for every token id that occurs in the table.
         arrays: by name (see `UNITS`): ``top_id`` and ``top_logprob`` [..., k], ``entropy``, ``kl``
-            [...], ``target_logprob`` and ``target_rank`` [..., targets].
+            [...], ``target_logprob`` and ``target_rank`` [..., targets], ``box`` [..., 4] of detectors.
         provenance: model and its fingerprint, verification, lens, versions, settings.
         completions: labels that replace `labels` at one (prompt, position), where the prompt ends in
             the middle of a character that the next token completes.
@@ -113,6 +135,16 @@ class Reading:
     completions: Mapping[tuple[int, int], Mapping[int, str]] = field(
         default_factory=dict[tuple[int, int], Mapping[int, str]]
     )
+
+    @property
+    def space(self) -> str:
+        """What the columns are: ``vocabulary``, ``classes``, ``concepts`` or ``boxes`` (classes of boxes)."""
+        return str(self.provenance.get("space", {}).get("name", "vocabulary"))
+
+    @property
+    def activation(self) -> str:
+        """``softmax``, or ``sigmoid`` where each column is a question of its own."""
+        return str(self.provenance.get("space", {}).get("activation", "softmax"))
 
     # -- labelled arrays -----------------------------------------------------------------------
 
@@ -164,6 +196,11 @@ class Reading:
                 names[n, s, p] = ""
         return self.top_id.copy(data=names).rename("top_token").assign_attrs(units="token")
 
+    @property
+    def box(self) -> xr.DataArray:
+        """Box of each query: centre x, centre y, width, height, [prompt, site, position, side]."""
+        return self._labelled("box")
+
     def to_xarray(self) -> xr.Dataset:
         """Everything as one xarray Dataset, with units and provenance (nested parts as JSON) as attributes."""
         import xarray as xr
@@ -181,6 +218,11 @@ class Reading:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The cells as dictionaries of plain values, in order of prompt, site and position."""
         for n, prompt in enumerate(self.prompts):
+            places = {
+                position: {"picture": i, "row": row, "column": column}
+                for i, picture in enumerate(prompt.pictures)
+                for position, row, column in picture.patches
+            }
             for s, site in enumerate(self.sites):
                 layer, _, kind = site.partition(".")
                 for p, position in enumerate(prompt.positions):
@@ -200,13 +242,16 @@ class Reading:
                         "target": [t.token for t in self.targets],
                         "target_prob": list(cell.target_probabilities),
                         "target_rank": list(cell.target_ranks),
+                        **({} if cell.box is None else {"box": list(cell.box)}),
+                        **places.get(position, {}),
                     }
 
     def _labelled(self, name: str) -> xr.DataArray:
         import xarray as xr
 
         if name not in self.arrays:
-            raise InputError(f"this Reading has no {name}: no target was asked for; pass target= to read()")
+            why = "the model gives no boxes" if name == "box" else "no target was asked for; pass target= to read()"
+            raise InputError(f"this Reading has no {name}: {why}")
         values = self.arrays[name]
         width = values.shape[2]
         dims = ["prompt", "site", "position"]
@@ -222,7 +267,17 @@ class Reading:
             "token": (("prompt", "position"), tokens),
             "token_index": (("prompt", "position"), filler),
         }
-        if name.startswith("top_"):
+        if any(p.pictures for p in self.prompts):
+            where = [{q: (r, c) for pic in p.pictures for q, r, c in pic.patches} for p in self.prompts]
+            for axis, label in enumerate(("row", "column")):
+                places = [
+                    [found.get(q, (-1, -1))[axis] for q in q_row] for found, q_row in zip(where, filler, strict=True)
+                ]
+                coords[label] = (("prompt", "position"), places)
+        if name == "box":
+            dims.append("side")
+            coords["side"] = ["x", "y", "width", "height"]
+        elif name.startswith("top_"):
             dims.append("k")
             coords["k"] = np.arange(1, values.shape[3] + 1)
         elif name.startswith("target_"):
@@ -305,6 +360,7 @@ class Reading:
             kl=float(a["kl"][where]),
             target_probabilities=tuple(float(np.exp(v)) for v in a["target_logprob"][where]) if targets else (),
             target_ranks=tuple(int(v) for v in a["target_rank"][where]) if targets else (),
+            box=tuple(float(v) for v in a["box"][where]) if "box" in a else None,
         )
 
     # -- files and views -----------------------------------------------------------------------
@@ -389,7 +445,7 @@ def _as_list(value: int | Sequence[int]) -> list[int]:
 
 
 def _resolve(position: int, prompt: Prompt) -> int:
-    return position + len(prompt.ids) if position < 0 else position
+    return position + len(prompt.tokens) if position < 0 else position
 
 
 def _span(positions: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from logitlab.errors import InputError
 from logitlab.files import write_atomically
-from logitlab.reading import Array, Prompt, Reading, Target
+from logitlab.reading import Array, Picture, Prompt, Reading, Target
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +54,7 @@ def to_table(reading: Reading) -> pa.Table:
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
     meta = {
         "format": FORMAT,
-        "prompts": [[q.text, q.ids, q.tokens, q.positions] for q in reading.prompts],
+        "prompts": [[q.text, q.ids, q.tokens, q.positions, _pictures(q)] for q in reading.prompts],
         "sites": reading.sites,
         "targets": [[t.id, t.token] for t in reading.targets],
         "labels": [[i, label] for i, label in reading.labels.items()],
@@ -101,7 +102,10 @@ def load(path: str | Path) -> Reading:
 def _from_table(table: pa.Table, meta: Any) -> Reading:
     import pyarrow as pa
 
-    prompts = tuple(Prompt(text, tuple(i), tuple(t), tuple(p)) for text, i, t, p in meta["prompts"])
+    prompts = tuple(
+        Prompt(text, tuple(i), tuple(t), tuple(p), tuple(_picture(p) for p in (more[0] if more else ())))
+        for text, i, t, p, *more in meta["prompts"]
+    )
     sites = tuple(meta["sites"])
     cells = len(sites) * sum(len(p.positions) for p in prompts)
     if cells != table.num_rows:
@@ -122,6 +126,15 @@ def _from_table(table: pa.Table, meta: Any) -> Reading:
         provenance=meta["provenance"],
         completions={(a, b): dict(c) for a, b, c in meta["completions"]},
     )
+
+
+def _pictures(prompt: Prompt) -> list[Any]:
+    return [[base64.b64encode(p.png).decode("ascii"), p.grid, p.patches] for p in prompt.pictures]
+
+
+def _picture(stored: Any) -> Picture:
+    png, (rows, columns), patches = stored
+    return Picture(base64.b64decode(png), (rows, columns), tuple((p, r, c) for p, r, c in patches))
 
 
 def _unflatten(rows: Array, prompts: tuple[Prompt, ...], n_sites: int) -> Array:

@@ -77,9 +77,9 @@ def test_verification_refuses_a_second_norm(name: str, monkeypatch: pytest.Monke
     norm = module.get_submodule(NORMS[name])
     original = Tail._replay
 
-    def twice(self: Tail, taps: Any, hidden: torch.Tensor) -> Any:
+    def twice(self: Tail, taps: Any, hidden: torch.Tensor, run: Any = None) -> Any:
         with torch.no_grad():
-            return original(self, taps, norm(hidden))
+            return original(self, taps, norm(hidden), run)
 
     monkeypatch.setattr(Tail, "_replay", twice)
     with pytest.raises(ll.VerificationError, match="does not give the model's own logits"):

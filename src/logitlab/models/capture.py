@@ -17,6 +17,7 @@ from logitlab.models.handle import Model
 from logitlab.models.hooks import StopForward, Taps, first_tensor, hidden_input
 from logitlab.models.inputs import Encoded, whole_number
 from logitlab.models.sites import Site
+from logitlab.models.trace import Run, Trace, copied
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def capture(
         ``capture(model, "a b c", "3.mlp_out", positions=-1)["3.mlp_out"]`` has shape [1, width].
     """
     prompts = model.encode(inputs, decoder=decoder)
+    _need_tokens(model, prompts)
     chosen = model.select_sites(sites)
     kept_positions = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
     return capture_encoded(model, prompts, chosen, kept_positions, batch_tokens, progress)
@@ -126,6 +128,8 @@ def capture_encoded(
 ) -> Activations:
     """`capture` for inputs that are already encoded and checked."""
     keys = list(dict.fromkeys((site.layer, site.kind) for site in sites))
+    if any(kind not in ("resid_pre", "resid_post") for _, kind in keys):
+        _ = model.parts  # taking blocks apart runs the model: not while it is watched
     pieces: dict[tuple[int, str], list[torch.Tensor]] = {key: [torch.empty(0)] * len(prompts) for key in keys}
     done = 0
     if batch_tokens is not None and batch_tokens < 1:
@@ -184,7 +188,8 @@ def _batches(prompts: Sequence[Encoded], most: int, *, padded: bool) -> Iterator
         size = _size(prompts[n])
         full = bool(batch) and (len(batch) + 1) * size[0] > most
         other = bool(batch) and not padded and size != _size(prompts[batch[0]])
-        if full or other:
+        alone = bool(batch) and bool(prompts[n].extra or prompts[batch[0]].extra)
+        if full or other or alone:
             yield batch
             batch = []
         batch.append(n)
@@ -196,25 +201,33 @@ def _size(prompt: Encoded) -> tuple[int, int]:
     return max(len(prompt.ids), len(prompt.encoder_ids or ())), len(prompt.ids)
 
 
-def _arguments(model: Model, prompts: Sequence[Encoded]) -> dict[str, Any]:
+def arguments_of(model: Model, prompts: Sequence[Encoded]) -> dict[str, Any]:
     """Keyword arguments of the forward pass; padding is always on the right.
 
     With padding on the right every token keeps its own position number, whatever the tokenizer's
     habit, and nothing that comes before it changes.
     """
+    arguments: dict[str, Any] = dict(model.template.options)
+    for key, value in prompts[0].extra.items():  # a prompt with extras is a batch of its own
+        kept = isinstance(value, torch.Tensor)
+        cast_to = model.dtype if kept and value.is_floating_point() else None
+        arguments[key] = value.to(device=model.device, dtype=cast_to) if kept else value
+    if not any(p.ids for p in prompts):
+        return arguments
     pad = getattr(model.tokenizer, "pad_token_id", None)
     if pad is None:
         pad = getattr(getattr(model.module, "config", None), "pad_token_id", None)
     fill = pad if isinstance(pad, int) and 0 <= pad < model.input_vocab_size else 0
     ids, mask = _padded([p.ids for p in prompts], fill, model.device)
-    arguments: dict[str, Any] = dict(model.template.options)
     if model.encoder_decoder:
-        encoder_ids, encoder_mask = _padded([p.encoder_ids or () for p in prompts], fill, model.device)
-        arguments |= {"input_ids": encoder_ids, "decoder_input_ids": ids}
-        if model.takes("attention_mask"):
-            arguments["attention_mask"] = encoder_mask
+        arguments["decoder_input_ids"] = ids
         if model.takes("decoder_attention_mask"):
             arguments["decoder_attention_mask"] = mask
+        if all(p.encoder_ids is not None for p in prompts):
+            encoder_ids, encoder_mask = _padded([p.encoder_ids or () for p in prompts], fill, model.device)
+            arguments["input_ids"] = encoder_ids
+            if model.takes("attention_mask"):
+                arguments["attention_mask"] = encoder_mask
         return arguments
     arguments["input_ids"] = ids
     if model.takes("attention_mask"):
@@ -234,6 +247,8 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> t
 
 def _projection(model: Model, key: tuple[int, str]) -> Projection | None:
     layer, kind = key
+    if kind not in ("head_out", "neuron"):
+        return None
     return {"head_out": model.parts[layer].heads, "neuron": model.parts[layer].neurons}.get(kind)
 
 
@@ -247,9 +262,15 @@ def _forward(
     batch_index = torch.tensor([b for b, p in enumerate(positions) for _ in p])
     token_index = torch.tensor([t for p in positions for t in p])
     found: dict[tuple[int, str], torch.Tensor] = {}
+    width = max(len(p.ids) for p in prompts)
 
     def keep(key: tuple[int, str], value: torch.Tensor, scale: float = 1.0) -> None:
         shaped = value.reshape(len(prompts), -1, value.shape[-1])  # some MLPs see [tokens, width]
+        if shaped.shape[1] != width:
+            raise ModelError(
+                f"the states of {model.stack.name} have {shaped.shape[1]} positions for {width} tokens: "
+                "this model puts in others that cannot be told apart from them"
+            )
         rows = shaped[batch_index.to(value.device), token_index.to(value.device)].detach()
         found[key] = rows if scale == 1.0 else rows * scale
 
@@ -258,11 +279,61 @@ def _forward(
         if model.tail.head_module is not None:
             taps.replace(model.tail.head_module, _stop)
         with suppress(StopForward), torch.no_grad():
-            model.module(**_arguments(model, prompts))
+            model.module(**arguments_of(model, prompts))
     missing = [key for key in keys if key not in found]
     if missing:
         raise ModelError(f"layer {missing[0][0]} was not reached for these inputs (its {missing[0][1]} was not seen)")
     return found
+
+
+def by_tokens(model: Model, prompts: Sequence[Encoded]) -> bool:
+    """Whether prompts are read token by token: one answer at each of them, decoded from its own state."""
+    per_token = model.space.per == "position" and model.space.name != "boxes" and model.tail.by is not None
+    return per_token and all(p.ids for p in prompts) and model.template.tokens is not None
+
+
+def _need_tokens(model: Model, prompts: Sequence[Encoded]) -> None:
+    if not by_tokens(model, prompts):
+        raise InputError(f"capture() is for models that are read token by token; use logitlab.states for {model.name}")
+
+
+def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, dict[tuple[int, str], torch.Tensor]]:
+    """One recorded forward pass over one prompt, and all states of some sites, [batch x positions, width] each.
+
+    Raises:
+        ModelError: the pass goes another way than on the template, or a site has states of another shape.
+    """
+    keys = list(dict.fromkeys((site.layer, site.kind) for site in sites))
+    if any(kind not in ("resid_pre", "resid_post") for _, kind in keys):
+        _ = model.parts
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    stack, layout = model.stack, model.stack.layout
+
+    def keep(key: tuple[int, str], value: torch.Tensor, scale: float = 1.0) -> None:
+        given = value if value.ndim == len(layout.order) else value.unsqueeze(0)
+        found[key] = (layout.rows(given) * scale).detach()
+
+    inputs = arguments_of(model, [prompt])
+    with model.exclusive(), Taps() as taps:
+        trace = Trace(model.module, within=stack.container)
+        trace.attach(taps)
+        _attach(model, keys, keep, taps)
+        with torch.no_grad():
+            output = model.module(**inputs)
+    missing = [key for key in keys if key not in found]
+    calls = [[c for c in trace.calls if c.path == path] for path in dict.fromkeys(b.path for b in stack.blocks)]
+    by_path = {c[0].path: c for c in calls if c}
+    if missing or any(b.path not in by_path or len(by_path[b.path]) <= b.call for b in stack.blocks):
+        raise ModelError(f"{stack.name} was not gone through as on the template")
+    made = [by_path[b.path][b.call] for b in stack.blocks]
+    run = Run(inputs, copied(output), trace.upstream(made[0].start), tuple(c.output for c in made))
+    size = layout.rows(cast(torch.Tensor, first_tensor(run.blocks[-1]))).shape
+    bad = next(
+        (key for key, rows in found.items() if rows.shape != size and key[1] not in ("head_out", "neuron")), None
+    )
+    if bad is not None:
+        raise ModelError(f"{bad[0]}.{bad[1]} has states of shape {list(found[bad].shape)}, the last block {list(size)}")
+    return run, found
 
 
 def _stop(*args: Any, **kwargs: Any) -> None:
@@ -310,6 +381,8 @@ def _attach_block(
 def _modules(model: Model, layers: list[int], kind: str) -> dict[nn.Module, dict[int, float]]:
     """The modules to hook for a kind, each with the layers it serves and their scales."""
     modules: dict[nn.Module, dict[int, float]] = defaultdict(dict)
+    if kind in ("resid_pre", "resid_post"):
+        return modules
     for layer in layers:
         projection = _projection(model, (layer, kind))
         component = model.parts[layer].components.get(kind)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logitlab.models.hooks import Taps, first_tensor, hidden_input, with_hidden
 from logitlab.models.stack import Block, Stack
-from logitlab.models.template import ENCODER_TOKENS, Template
+from logitlab.models.template import Template
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,8 @@ def decompose(module: nn.Module, stack: Stack, template: Template) -> list[Block
         stack: the stack whose blocks are taken apart.
         template: inputs of the pass.
     """
+    if len(stack.layout.order) != 3 or not stack.enters_alike:
+        return [_refused("states of this form are not taken apart") for _ in stack.blocks]
     kinds: dict[Any, list[str] | str] = {}
     return [_block_parts(record, block, kinds) for record, block in _records(module, stack, template)]
 
@@ -332,7 +334,7 @@ def _kinds(record: _Record, block: Block, sources: list[_Source]) -> list[str] |
         return shaken.clone() if _equal(value, record.entering) else value.clone()
 
     def other_encoder(value: torch.Tensor) -> torch.Tensor:
-        return value + 1 if value.ndim == 3 and value.shape[1] == ENCODER_TOKENS else value
+        return value + 1 if value.ndim == 3 and value.shape[1] != record.entering.shape[1] else value
 
     kinds: list[str] = []
     for i, source in enumerate(sources):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,15 @@ from torch import nn
 
 from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.models.decompose import BlockParts, decompose
-from logitlab.models.inputs import Encoded, encode
+from logitlab.models.encoder import Encoder
+from logitlab.models.inputs import Encoded
 from logitlab.models.sites import INDEXED_KINDS, Site, SiteSpec, normalise_request, select_layers
-from logitlab.models.stack import Stack, find_stacks
+from logitlab.models.output import Output, Space, output_of, space_of
+from logitlab.models.stack import Found, Stack, find_stacks
 from logitlab.models.tail import Tail
 from logitlab.models.template import Template, device_of, forward_parameters
-from logitlab.models.verify import Verification, offers, verify_decompositions, verify_tail
-from logitlab.models.vocabulary import Vocabulary
+from logitlab.models.verify import Check, Judgement, Verification, offers, verify_decompositions, verify_tail
+from logitlab.models.vocabulary import ColumnLabels, Vocabulary
 
 
 class Model:
@@ -36,7 +38,9 @@ class Model:
         stack: the one that is read.
         tail: what decodes a hidden state of that stack.
         verification: what was proved, in values.
+        processor: what prepares its pictures or sounds, or None.
         vocabulary: labels for token ids.
+        columns: labels for the columns of its output: token ids, or classes.
     """
 
     def __init__(
@@ -48,19 +52,21 @@ class Model:
         stacks: Sequence[Stack],
         stack: Stack,
         tail: Tail,
-        parts: Sequence[BlockParts],
-        verification: Verification,
+        tail_check: Check,
+        fast_form: Check,
+        processor: Any = None,
     ) -> None:
         self.module = module
         self.tokenizer = tokenizer
+        self.processor = processor
         self.name = name
         self.template = template
         self.stacks = tuple(stacks)
         self.stack = stack
         self.tail = tail
-        self.parts = tuple(parts)
-        self.verification = verification
+        self.verification = Verification(tail_check, fast_form, _describe(tail), lambda: self._taken_apart[1])
         self.vocabulary = Vocabulary(tokenizer, tail.vocab_size)
+        self.columns = column_labels(module, tail.space, self.vocabulary)
 
     def __repr__(self) -> str:
         return (
@@ -84,6 +90,23 @@ class Model:
             finally:
                 for m in training:
                     m.training = True
+
+    @cached_property
+    def _taken_apart(self) -> tuple[tuple[BlockParts, ...], Judgement]:
+        with self.exclusive():
+            parts = decompose(self.module, self.stack, self.template)
+        judgement = verify_decompositions(parts, self.dtype)
+        return tuple(parts), judgement
+
+    @property
+    def parts(self) -> tuple[BlockParts, ...]:
+        """What each block adds to the residual stream, as far as it was proved."""
+        return self._taken_apart[0]
+
+    @property
+    def space(self) -> Space:
+        """The space that hidden states are decoded into."""
+        return self.tail.space
 
     @property
     def n_layers(self) -> int:
@@ -113,7 +136,7 @@ class Model:
     @property
     def encoder_decoder(self) -> bool:
         """Whether inputs go to an encoder and the read sequence is the decoder's."""
-        return self.template.encoder_ids is not None
+        return self.template.encoder_decoder
 
     @cached_property
     def context_length(self) -> int | None:
@@ -179,11 +202,13 @@ class Model:
                 component index is too large.
         """
         chosen: set[Site] = set()
+        if sites in (None, "resid") and not self.stack.enters_alike:
+            sites = "resid_post"  # there is no state of this width before the first block
         for spec in normalise_request(sites):
             layers = select_layers(spec, self.n_layers)
-            able = [layer for layer in layers if offers(self.parts[layer], spec.kind)]
+            able = [layer for layer in layers if self._offers(layer, spec.kind)]
             if not able or (isinstance(spec.layers, int) and len(able) < len(layers)):
-                why = self.parts[layers[0]].reasons.get(spec.kind, "not found")
+                why = self._reason(layers[0], spec.kind)
                 raise InputError(f"site kind {spec.kind!r} is not offered at layer {layers[0]} of {self.name}: {why}")
             for layer in able:
                 if spec.kind not in INDEXED_KINDS:
@@ -200,6 +225,18 @@ class Model:
                 indices = range(projection.parts) if spec.index is None else [spec.index]
                 chosen.update(Site(layer, spec.kind, i) for i in indices)
         return sorted(chosen, key=lambda site: site.order)
+
+    def _offers(self, layer: int, kind: str) -> bool:
+        if kind == "resid_post":
+            return True
+        if kind == "resid_pre":
+            return layer > 0 or self.stack.enters_alike
+        return offers(self.parts[layer], kind)
+
+    def _reason(self, layer: int, kind: str) -> str:
+        if kind == "resid_pre":
+            return "the first block takes a state of another shape"
+        return self.parts[layer].reasons.get(kind, "not found")
 
     def value_vectors(self, layer: int, neurons: Sequence[int] | None = None) -> torch.Tensor:
         """What MLP neurons write to the residual stream, per unit of activation.
@@ -227,17 +264,18 @@ class Model:
 
     # -- inputs --------------------------------------------------------------------------------
 
-    def encode(self, inputs: Any, *, decoder: Any = None) -> list[Encoded]:
-        """Token ids of inputs in any accepted form; see `logitlab.models.inputs.encode`."""
-        return encode(
-            inputs,
-            self.tokenizer,
-            vocab_size=self.input_vocab_size,
-            encoder_decoder=self.encoder_decoder,
-            start=self._decoder_start,
-            decoder=decoder,
-            limit=self.context_length,
-        )
+    def encode(self, inputs: Any, *, decoder: Any = None, concepts: Sequence[Any] | None = None) -> list[Encoded]:
+        """Inputs in any accepted form, ready for the model.
+
+        Texts, chats, token ids and encoded tensors are those of `logitlab.models.inputs.encode`; pictures
+        and sounds those of `logitlab.models.media.media_of`, alone or in a list.
+
+        Args:
+            inputs: what to read.
+            decoder: what the decoder of an encoder-decoder model has already written.
+            concepts: texts that pictures are compared with (pictures, where a text tower is read).
+        """
+        return Encoder(self).encode(inputs, decoder, concepts)
 
     @cached_property
     def input_vocab_size(self) -> int:
@@ -247,7 +285,8 @@ class Model:
         return self.vocab_size if weight is None else int(weight.shape[0])
 
     @property
-    def _decoder_start(self) -> list[int]:
+    def decoder_start(self) -> list[int]:
+        """Token ids that a decoder starts with."""
         config: Any = getattr(self.module, "config", None)
         generation: Any = getattr(self.module, "generation_config", None)
         for source in (generation, config):
@@ -271,16 +310,25 @@ def _lock_of(module: nn.Module) -> threading.RLock:
         return _LOCKS.setdefault(module, threading.RLock())
 
 
-def wrap(module: nn.Module, tokenizer: Any = None, *, name: str | None = None, stack: str | None = None) -> Model:
+def wrap(
+    module: nn.Module,
+    tokenizer: Any = None,
+    *,
+    name: str | None = None,
+    stack: str | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> Model:
     """Find a model's layer stack and tail, and prove that the tail is right.
 
     Args:
         module: a Hugging Face model (or any module that takes ``input_ids`` and returns ``logits``);
             it is put into evaluation mode and otherwise left as it is.
-        tokenizer: its tokenizer or processor, or None.
+        tokenizer: its tokenizer, processor, image processor or feature extractor, or None.
         name: what to call it; by default the name that its configuration carries.
-        stack: which layer stack to read, by (part of) its path; by default the largest one that
-            leads to the logits.
+        stack: which layer stack to read, by (part of) its path; by default the last large one before
+            the answer.
+        example: keyword arguments of a small forward pass, for a module whose inputs have names that
+            transformers does not use; by default they are made from the signature.
 
     Returns:
         The verified handle.
@@ -293,29 +341,88 @@ def wrap(module: nn.Module, tokenizer: Any = None, *, name: str | None = None, s
         ``model = wrap(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))``
     """
     module.eval()
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor carries its tokenizer
     with _lock_of(module):
-        return _wrapped(module, tokenizer, name, stack)
+        return _wrapped(module, tokenizer, name, stack, example)
 
 
-def _wrapped(module: nn.Module, tokenizer: Any, name: str | None, stack: str | None) -> Model:
-    template = Template.of(module)
-    stacks, logits = find_stacks(module, template)
-    candidates = stacks if stack is None else _named(stack, stacks)
+def _wrapped(
+    module: nn.Module, tokenizer: Any, name: str | None, stack: str | None, example: Mapping[str, Any] | None
+) -> Model:
+    processor = tokenizer if _prepares_media(tokenizer) else None
+    if processor is not None:
+        tokenizer = getattr(processor, "tokenizer", None)
+    template = Template.of(module, example)
+    found = find_stacks(module, template)
+    candidates = _in_order(found) if stack is None else _named(stack, found.stacks)
     failures: list[VerificationError] = []
+    whole: Model | None = None
     for chosen in candidates:
-        others = [other for other in stacks if other is not chosen]
-        tail = Tail(module, chosen, others, template, int(logits.shape[-1]))
+        tail = _tail(module, chosen, found)
         try:
-            checked, fast = verify_tail(tail, logits, _dtype(module))
+            checked, fast = verify_tail(tail, _dtype(module))
         except VerificationError as failure:
             failures.append(failure)
             continue
-        parts = decompose(module, chosen, template)
-        decompositions, offered, refused = verify_decompositions(parts, _dtype(module))
-        verification = Verification(checked, fast, _describe(tail), decompositions, offered, refused)
-        return Model(module, tokenizer, name or _name(module), template, stacks, chosen, tail, parts, verification)
+        model = Model(
+            module, tokenizer, name or _name(module), template, found.stacks, chosen, tail, checked, fast, processor
+        )
+        if tail.by is not None or tail.space.per == "input" or tail.space.name == "boxes":
+            return model
+        whole = whole or model  # a stack whose rows can be decoded comes before one whose whole states can
+    if whole is not None:
+        return whole
     raise failures[0]
+
+
+def column_labels(module: nn.Module, space: Space, vocabulary: Vocabulary) -> Vocabulary:
+    """What the columns of a space are called."""
+    if space.name == "vocabulary":
+        return vocabulary
+    if space.name == "concepts":
+        return ColumnLabels([f"concept {i}" for i in range(space.size)])
+    names: Any = getattr(getattr(module, "config", None), "id2label", None) or {}
+    labels = [str(names.get(i, names.get(str(i), f"class {i}"))) for i in range(space.size)]
+    if space.name == "boxes" and space.activation == "softmax":
+        labels[-1] = "no object"  # the column that a softmax detector has beyond its labels
+    return ColumnLabels(labels)
+
+
+def _prepares_media(tokenizer: Any) -> bool:
+    names = ("image_processor", "feature_extractor")
+    return any(hasattr(tokenizer, n) for n in names) or (
+        tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens")
+    )
+
+
+def _in_order(found: Found) -> list[Stack]:
+    """Stacks in the order in which they are tried: the last one before the answer first.
+
+    Very small chains (an output head made of several layers, say) come after the large ones. Of two
+    towers that are compared with each other, the one of the picture comes first.
+    """
+    total = sum(s.n_parameters for s in found.stacks)
+    output = output_of(found.output)
+
+    def key(stack: Stack) -> tuple[bool, bool, int]:
+        pictures = output is None or not output.name.startswith("logits_per_") or _about_pictures(stack, output)
+        return (500 * stack.n_parameters < total or not stack.composed, not pictures, -stack.end)
+
+    return sorted(found.stacks, key=key)
+
+
+def _about_pictures(stack: Stack, output: Output) -> bool:
+    return stack.batch == output.logits.shape[0]
+
+
+def _tail(module: nn.Module, stack: Stack, found: Found) -> Tail:
+    output = output_of(found.output)
+    assert output is not None
+    texts = output.name.startswith("logits_per_") and not _about_pictures(stack, output)
+    if texts:
+        output = output_of(found.output, texts=True) or output
+    tail = Tail(module, stack, found, space_of(output, module, stack.batch, stack.positions))
+    tail.texts = texts
+    return tail
 
 
 def _named(name: str, stacks: Sequence[Stack]) -> list[Stack]:

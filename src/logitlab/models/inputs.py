@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +19,16 @@ class Encoded:
     Attributes:
         text: the text it came from, or None.
         ids: the ids whose hidden states are read (the decoder's, in an encoder-decoder model).
-        encoder_ids: the encoder's ids in an encoder-decoder model, else None.
+        encoder_ids: the encoder's ids in an encoder-decoder model of text, else None.
+        extra: other keyword arguments of the forward pass: pixels, sound features.
+        pictures: PIL images that are part of it.
     """
 
     text: str | None
     ids: tuple[int, ...]
     encoder_ids: tuple[int, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
+    pictures: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
 
 def encode(

@@ -4,6 +4,11 @@ The tail is the model itself with its layer stack short-circuited: every block h
 given, the last one hands on the hidden state to decode, and the model's own code does the rest.
 No model's mathematics is written down here.
 
+A tail has up to two forms. In *context* (`Tail.output`) a recorded pass is played again with the
+last block's whole state changed: that is always possible, and is how pooled answers, boxes and
+stacks with other stacks behind them are decoded. By *rows* (`Tail.logits`) single vectors are
+decoded; that needs an answer that follows from the hidden state alone.
+
 Most tails end in one linear map and something elementwise (a scale, a soft-cap, an offset). For
 those a fast form is derived by measurement: the head module is short-circuited too, once to see
 what it is given, once to see what becomes of chosen numbers put in its place. It is used only
@@ -12,7 +17,7 @@ after it was proved equal to the tail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -21,15 +26,19 @@ from torch import nn
 
 from logitlab.errors import ModelError
 from logitlab.logits.head import Head, LogitSource
-from logitlab.models.hooks import StopForward, Taps, hidden_input, with_hidden
-from logitlab.models.stack import Stack, logits_of
-from logitlab.models.template import Template
+from logitlab.models.hooks import StopForward, Taps, first_tensor, hidden_input, with_hidden
+from logitlab.models.output import Output, Space, output_of
+from logitlab.models.stack import Found, Stack
+from logitlab.models.trace import Run, answer_from, copied, play, rebuilt
 
 HEAD_ROWS = 2048
 """Rows of a short-circuited pass that stops at the head: it holds [rows, d] only."""
 
 LOGIT_VALUES = 2**24
 """Most logits that a short-circuited pass through the whole tail may hold at once."""
+
+STATE_VALUES = 2**23
+"""Most hidden values that one replay with several states may hold at once."""
 
 
 class Tail:
@@ -38,48 +47,155 @@ class Tail:
     Args:
         module: the model.
         stack: the layer stack that is short-circuited last.
-        others: the model's other stacks (an encoder, say), which are skipped.
-        template: its inputs.
-        vocab_size: number of columns of the model's logits.
+        found: the recorded pass over the template, with the model's other stacks.
+        space: what comes out.
+
+    Attributes:
+        by: how single rows are decoded: ``tokens`` (each is a sequence of one token), ``states``
+            (the template's positions are filled with them), or None (only whole states can be
+            decoded, in the context of their own input).
+        alone: whether the answer follows from the hidden state alone.
     """
 
-    def __init__(
-        self, module: nn.Module, stack: Stack, others: Sequence[Stack], template: Template, vocab_size: int
-    ) -> None:
+    def __init__(self, module: nn.Module, stack: Stack, found: Found, space: Space) -> None:
         self.module = module
         self.stack = stack
-        self.template = template
-        self.vocab_size = vocab_size
+        self.template = found.template
+        self.space = space
+        self.by: str | None = None
+        self.alone = False
+        self.batched = False
         self.head_module: nn.Module | None = None
         self.head: Head | None = None
-        self._others = tuple(others)
+        self.texts = False
+        self._run = found.run(stack)
+        # An encoder is left out as a whole: the outermost module around it that does not hold this stack.
+        others = [s.container for s in found.stacks if s is not stack and s.end < stack.start]
+        self._skipped = [call for call in self._run.upstream if any(f"{o}.".startswith(f"{call[0]}.") for o in others)]
 
-    # -- the definition ------------------------------------------------------------------------
+    @property
+    def vocab_size(self) -> int:
+        """Number of columns of the space."""
+        return self.space.size
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def run(self) -> Run:
+        """The recorded pass over the template."""
+        return self._run
+
+    # -- in context ----------------------------------------------------------------------------
+
+    def output(self, state: torch.Tensor, run: Run | None = None) -> Output:
+        """What the model makes of a whole state of this stack, in the context of a recorded pass.
+
+        Args:
+            state: hidden state of the last block, in the shape that it has in ``run``.
+            run: the recorded pass; by default the one over the template.
+
+        Raises:
+            ModelError: the changed model returned no logits.
+        """
+        with Taps() as taps:
+            value = self._replay(taps, state, self._run if run is None else run)
+        output = output_of(value, texts=self.texts)
+        if output is None:
+            raise ModelError("the short-circuited model returned no logits")
+        return output
+
+    # -- by rows -------------------------------------------------------------------------------
+
+    def logits(self, hidden: torch.Tensor, run: Run | None = None) -> torch.Tensor:
         """Logits of hidden states by the model itself: [n, d] -> [n, V] float32.
 
-        This is the definition that every faster form is held against. It holds [n, V].
+        This is the definition that every faster form is held against. It holds [n, V]. For a pooled
+        answer the row is decoded as an input that has this hidden state at every position.
+
+        Args:
+            hidden: the rows.
+            run: the pass in whose context they are decoded (what a picture is compared with is part of
+                it); by default the one over the template.
+
+        Raises:
+            ModelError: this tail decodes whole states only.
         """
+        if self.by == "states":
+            return self._logits_by_states(hidden, self._run if run is None else run)
         size = max(1, LOGIT_VALUES // self.vocab_size)
         parts = [self._logits_chunk(part) for part in hidden.split(size)]
         return torch.cat(parts) if parts else hidden.new_zeros(0, self.vocab_size, dtype=torch.float32)
 
     def _logits_chunk(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.by is None:
+            raise ModelError(f"{self.stack.name} is decoded by whole states only: {self.space.per} answers")
         with Taps() as taps:
-            output = self._replay(taps, hidden)
-        logits = logits_of(output)
-        if logits is None:
+            value = self._replay(taps, hidden)
+        output = output_of(value, texts=self.texts)
+        if output is None:
             raise ModelError("the short-circuited model returned no logits")
-        return logits.reshape(hidden.shape[0], -1).float()
+        return output.logits.reshape(hidden.shape[0], -1).float()
 
-    def _replay(self, taps: Taps, hidden: torch.Tensor) -> Any:
-        """Run the model on ``n`` one-token rows with every block short-circuited."""
-        for stack in self._others:
-            _skip(taps, stack, None)
+    def _logits_by_states(self, hidden: torch.Tensor, run: Run) -> torch.Tensor:
+        """Rows decoded as states of a recorded pass: one row everywhere, or another at each position."""
+        shape = shape_of(run.blocks[-1])
+        n = self.stack.layout.batch_size(shape) * self.stack.layout.count(shape)
+        if self.space.per != "position":
+            parts = hidden.split(max(1, STATE_VALUES // (n * hidden.shape[-1])))
+            return torch.cat([self.decode_states(p.unsqueeze(1).expand(-1, n, -1), run)[:, 0] for p in parts])
+        short = -len(hidden) % n
+        rows = torch.cat([hidden, hidden[-1:].expand(short, -1)]) if short else hidden
+        return self.decode_states(rows.reshape(-1, n, rows.shape[-1]), run).flatten(0, 1)[: len(hidden)]
+
+    def decode_states(self, rows: torch.Tensor, run: Run | None = None) -> torch.Tensor:
+        """Logits [states, answers, V] of whole states of a recorded pass, [states, positions, d]."""
+        run = self._run if run is None else run
+        if not self.batched:
+            shape = shape_of(run.blocks[-1])
+            states = (self.stack.layout.state(r, shape) for r in rows)
+            return torch.stack([self.output(state, run).rows for state in states])
+        many = max(1, STATE_VALUES // (rows.shape[1] * rows.shape[2]))
+        return torch.cat([self._decode_batch(part, run) for part in rows.split(many)])
+
+    def _decode_batch(self, rows: torch.Tensor, run: Run) -> torch.Tensor:
+        """One replay with the recorded pass's single item repeated."""
+        n = rows.shape[0]
+        shape = list(shape_of(run.blocks[-1]))
+        assert self.stack.layout.batch is not None
+        shape[self.stack.layout.batch] = n
+
+        def repeated(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.expand(n, *value.shape[1:]) if value.ndim and value.shape[0] == 1 else value
+            return rebuilt(value, repeated)
+
+        wide = Run(
+            {k: repeated(v) for k, v in run.inputs.items()},
+            run.output,
+            tuple((path, module, repeated(output)) for path, module, output in run.upstream),
+            run.blocks,
+        )
+        output = self.output(self.stack.layout.state(rows.reshape(-1, rows.shape[-1]), shape), wide)
+        return output.logits.detach().reshape(n, -1, output.logits.shape[-1]).float()
+
+    def _replay(self, taps: Taps, hidden: torch.Tensor, run: Run | None = None) -> Any:
+        """Run the model short-circuited: on ``n`` one-token rows, or on a whole state in a recorded pass."""
+        if run is not None:
+            play(taps, run.upstream)
+            _recall(taps, self.stack, run, hidden)
+            with torch.no_grad():
+                return self.module(**run.inputs)
+        inputs = self.template.rows(hidden.shape[0])
+        assert inputs is not None
+        n = hidden.shape[0]
+
+        def repeated(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.expand(n, *value.shape[1:]) if value.ndim > 1 and value.shape[0] == 1 else value
+            return rebuilt(value, repeated)
+
+        play(taps, [(path, module, repeated(output)) for path, module, output in self._skipped])
         _skip(taps, self.stack, hidden)
         with torch.no_grad():
-            return self.module(**self.template.rows(hidden.shape[0]))
+            return self.module(**inputs)
 
     # -- the fast form -------------------------------------------------------------------------
 
@@ -125,6 +241,8 @@ class Tail:
 
         The result is a candidate: `logitlab.models.verify` proves it or throws it away.
         """
+        if self.by != "tokens":
+            return "answers are not decoded token by token"
         found = self._find_head_module()
         if found is None:
             return "no linear module of the tail gives the vocabulary"
@@ -207,10 +325,10 @@ class Tail:
         with Taps() as taps:
             taps.replace(head, answer)
             output = self._replay(taps, hidden)
-        logits = logits_of(output)
-        if logits is None or logits.numel() != z.numel():
+        found = output_of(output, texts=self.texts)
+        if found is None or found.logits.numel() != z.numel():
             return None
-        return logits.reshape(z.shape).float()
+        return found.logits.reshape(z.shape).float()
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -226,26 +344,56 @@ def _rounded(value: float) -> float:
     return value
 
 
-def _skip(taps: Taps, stack: Stack, hidden: torch.Tensor | None) -> None:
-    """Short-circuit a stack: blocks hand on their input; the last one hands on ``hidden`` if given."""
-    last = len(stack) - 1
-    by_module: dict[int, list[int]] = {}
+def _by_module(stack: Stack) -> list[list[int]]:
+    """Numbers of the blocks, together where they are calls of one module."""
+    groups: dict[int, list[int]] = {}
     for i, block in enumerate(stack.blocks):
-        by_module.setdefault(id(block.module), []).append(i)
-    for numbers in by_module.values():
-        taps.replace(stack.blocks[numbers[0]].module, _short_circuit(stack, numbers, last, hidden))
+        groups.setdefault(id(block.module), []).append(i)
+    return list(groups.values())
 
 
-def _short_circuit(stack: Stack, numbers: list[int], last: int, hidden: torch.Tensor | None) -> Callable[..., Any]:
+def _skip(taps: Taps, stack: Stack, hidden: torch.Tensor) -> None:
+    """Short-circuit a stack: blocks hand on their input, the last one hands on the rows ``hidden``."""
+    for numbers in _by_module(stack):
+        taps.replace(stack.blocks[numbers[0]].module, _short_circuit(stack, numbers, len(stack) - 1, hidden))
+
+
+def _short_circuit(stack: Stack, numbers: list[int], last: int, hidden: torch.Tensor) -> Callable[..., Any]:
     queue = iter(numbers)
 
     def answer(*args: Any, **kwargs: Any) -> Any:
-        number = next(queue)
+        number = next(queue, None)
         given = hidden_input(args, kwargs)
-        if given is None:
-            raise ModelError(f"block {stack.blocks[number].path} was called without a hidden state")
-        if number == last and hidden is not None:
-            given = hidden.to(device=given.device, dtype=given.dtype).reshape(given.shape)
+        if number is None or given is None:
+            raise ModelError(f"block {stack.blocks[numbers[-1]].path} was called in another way than on the template")
+        if number == last:
+            moved = hidden.to(device=given.device, dtype=given.dtype)
+            given = stack.layout.state(moved, given.shape)
         return with_hidden(stack.outputs[number], given)
 
     return answer
+
+
+def _recall(taps: Taps, stack: Stack, run: Run, state: torch.Tensor) -> None:
+    """Let a stack's blocks answer from a record, the last one with ``state`` in it."""
+    last = len(stack) - 1
+    for numbers in _by_module(stack):
+        answers = [
+            with_hidden(copied(run.blocks[i]), _like(state, run.blocks[i])) if i == last else run.blocks[i]
+            for i in numbers
+        ]
+        module = stack.blocks[numbers[0]].module
+        taps.replace(module, answer_from(answers, module))
+
+
+def _like(state: torch.Tensor, output: Any) -> torch.Tensor:
+    old = first_tensor(output)
+    assert old is not None
+    return state.to(device=old.device, dtype=old.dtype)
+
+
+def shape_of(output: Any) -> torch.Size:
+    """Shape of the hidden state in a block's output."""
+    state = first_tensor(output)
+    assert state is not None
+    return state.shape

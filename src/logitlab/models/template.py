@@ -1,15 +1,14 @@
-"""The few tokens that logitlab runs through a model to find its parts and to prove them."""
+"""The small inputs that logitlab runs through a model to find its parts and to prove them."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-
-from logitlab.errors import ModelError
 
 DECODER_TOKENS = 7
 ENCODER_TOKENS = 5  # not the decoder's number, so that the two can never be mistaken
@@ -38,78 +37,78 @@ def device_of(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class Template:
-    """Token ids for one verification pass, and the shape of inputs for short-circuited passes.
+    """Inputs of one verification pass, and the shape of inputs for short-circuited passes.
 
     Attributes:
-        ids: token ids of the sequence that is decoded, shape [1, `DECODER_TOKENS`].
-        encoder_ids: token ids for the encoder of an encoder-decoder model, shape
-            [1, `ENCODER_TOKENS`]; None for every other model.
-        options: keyword arguments passed on to the forward pass unchanged.
+        inputs: keyword arguments of the pass.
+        options: those of them that every forward pass of this model gets (``use_cache=False``).
     """
 
-    ids: torch.Tensor
-    encoder_ids: torch.Tensor | None
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any]
 
     @staticmethod
-    def of(module: nn.Module) -> Template:
-        """Draw the template of a model: fixed pseudo-random ids, no special tokens among them.
+    def of(module: nn.Module, example: Mapping[str, Any] | None = None) -> Template:
+        """The template of a model: its caller's example, or inputs made from its signature.
 
         Raises:
-            ModelError: the model does not take token ids.
+            ModelError: no example is given and the model takes inputs of unknown names.
         """
-        parameters = forward_parameters(module)
-        if "input_ids" not in parameters:
-            taken = [name for name in parameters if name not in ("self", "kwargs", "args")][:3]
-            raise ModelError(
-                f"{type(module).__name__} takes {', '.join(taken) or 'no named input'}, not input_ids: "
-                "logitlab reads models of token ids so far"
-            )
-        config: Any = getattr(module, "config", None)
-        size = _vocabulary_size(module)
-        avoid = {
-            value
-            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "mask_token_id")
-            for value in _as_list(getattr(config, name, None))
-        }
-        generator = torch.Generator().manual_seed(20260)
-        pool = [int(i) for i in torch.randint(0, size, (256,), generator=generator) if int(i) not in avoid]
-        ids = pool[: DECODER_TOKENS + ENCODER_TOKENS]
-        ids += [0] * (DECODER_TOKENS + ENCODER_TOKENS - len(ids))
-        device = device_of(module)
-        both = torch.tensor([ids], device=device)
-        encoder = both[:, DECODER_TOKENS:] if getattr(config, "is_encoder_decoder", False) else None
-        return Template(both[:, :DECODER_TOKENS], encoder, quiet_options(module))
+        from logitlab.models.example import example_inputs
+
+        inputs = dict(example_inputs(module) if example is None else example)
+        options = quiet_options(module)
+        return Template(inputs | options, options)
+
+    @property
+    def tokens(self) -> str | None:
+        """Name of the input whose positions are decoded when it is a sequence of token ids, else None."""
+        names = ("decoder_input_ids", "input_ids")
+        return next((name for name in names if isinstance(self.inputs.get(name), torch.Tensor)), None)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether a decoder's token ids go in beside another input."""
+        return isinstance(self.inputs.get("decoder_input_ids"), torch.Tensor)
+
+    @property
+    def text_only(self) -> bool:
+        """Whether nothing but token ids (and masks) goes in."""
+        floats = [v for v in self.inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        return self.tokens is not None and not floats
+
+    @property
+    def lengths(self) -> frozenset[int]:
+        """Numbers of tokens in the template's sequences."""
+        names = ("decoder_input_ids", "input_ids")
+        found = [self.inputs.get(name) for name in names]
+        return frozenset(int(t.shape[1]) for t in found if isinstance(t, torch.Tensor) and t.ndim > 1)
+
+    @property
+    def described(self) -> str:
+        """The inputs in words, for messages."""
+        if self.text_only:
+            return "a few token ids alone"
+        shapes = (f"{k} {list(v.shape)}" for k, v in self.inputs.items() if isinstance(v, torch.Tensor))
+        return f"the example {', '.join(shapes)}"
 
     def full(self) -> dict[str, Any]:
         """Inputs of the verification pass."""
-        if self.encoder_ids is None:
-            return {"input_ids": self.ids, **self.options}
-        return {"input_ids": self.encoder_ids, "decoder_input_ids": self.ids, **self.options}
+        return dict(self.inputs)
 
-    def rows(self, n: int) -> dict[str, Any]:
-        """Inputs for a short-circuited pass over ``n`` rows: ``n`` sequences of one token each."""
-        ids = self.ids[:, :1].expand(n, 1)
-        if self.encoder_ids is None:
-            return {"input_ids": ids, **self.options}
-        return {"input_ids": self.encoder_ids[:, :1].expand(n, 1), "decoder_input_ids": ids, **self.options}
+    def rows(self, n: int) -> dict[str, Any] | None:
+        """Inputs of a short-circuited pass over ``n`` sequences of one token each; None without tokens."""
+        name = self.tokens
+        if name is None:
+            return None
+        length = self.inputs[name].shape[1]
 
+        def shortened(key: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != 1:
+                return value
+            # the encoder's sequence keeps its length: its stacks are skipped
+            along = value.ndim > 1 and value.shape[1] == length and (not self.encoder_decoder or "decoder" in key)
+            part = value[:, :1] if along else value
+            return part.expand(n, *part.shape[1:])
 
-def _as_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
-
-
-def _vocabulary_size(module: nn.Module) -> int:
-    embedding: Any = getattr(module, "get_input_embeddings", lambda: None)()
-    rows = getattr(embedding, "num_embeddings", None)
-    if rows is None and getattr(embedding, "weight", None) is not None:
-        rows = embedding.weight.shape[0]
-    if rows is None:
-        config: Any = getattr(module, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        rows = getattr(text, "vocab_size", None)
-    if rows is None:
-        raise ModelError(f"{type(module).__name__} has no input embedding and its config names no vocab_size")
-    return int(rows)
+        return {key: shortened(key, value) for key, value in self.inputs.items()}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from logitlab.errors import VerificationError
+from logitlab.errors import ModelError, VerificationError
 from logitlab.logits.head import Head
 from logitlab.models.decompose import BlockParts
 from logitlab.models.hooks import first_tensor
+from logitlab.models.output import Output, output_of
 from logitlab.models.tail import Tail
+from logitlab.models.trace import Run, rebuilt
 
 IDENTITIES = {
     "residual": "resid_post = resid_pre + attn_out + mlp_out",
@@ -50,25 +53,47 @@ class Check:
         return f"{self.name} {mark}{numbers}{'; ' + self.note if self.note else ''}"
 
 
-@dataclass(frozen=True)
+Judgement = tuple[tuple[Check, ...], dict[str, int], dict[str, str]]
+"""The checks, the site kinds that are offered (in how many layers), and why others are not."""
+
+
+@dataclass(frozen=True, eq=False)
 class Verification:
-    """Everything that was proved when a model was loaded.
+    """Everything that was proved about a model.
+
+    The tail is proved when the model is loaded. The blocks are taken apart, at the price of one more
+    forward pass on the same few tokens, when `decompositions`, `offered` or `refused` is first asked for.
 
     Attributes:
         tail: the last hidden states decoded by the tail, against the model's own logits.
         fast_form: the linear fast form against the tail; not holding means the tail itself is used.
         head: the fast form in words, or None.
-        decompositions: the identities of `IDENTITIES`.
-        offered: site kinds that can be read, with the number of layers that offer them.
-        refused: site kinds that cannot, with the reason.
+        judge: takes the blocks apart and judges them, see `verify_decompositions`.
     """
 
     tail: Check
     fast_form: Check
     head: str | None
-    decompositions: tuple[Check, ...]
-    offered: dict[str, int]
-    refused: dict[str, str]
+    judge: Callable[[], Judgement] = field(repr=False)
+
+    @cached_property
+    def _judged(self) -> Judgement:
+        return self.judge()
+
+    @property
+    def decompositions(self) -> tuple[Check, ...]:
+        """The identities of `IDENTITIES`."""
+        return self._judged[0]
+
+    @property
+    def offered(self) -> dict[str, int]:
+        """Site kinds that can be read, with the number of layers that offer them."""
+        return self._judged[1]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Site kinds that cannot be read, with the reason."""
+        return self._judged[2]
 
     @property
     def max_abs_difference(self) -> float:
@@ -92,8 +117,12 @@ class Verification:
             *(f"not offered: {kind}: {why}" for kind, why in self.refused.items()),
         ]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for provenance and JSON."""
+    def as_dict(self, *, decompositions: bool = True) -> dict[str, Any]:
+        """Plain values for provenance and JSON.
+
+        Args:
+            decompositions: also what was found about the parts of the blocks.
+        """
 
         def plain(check: Check) -> dict[str, Any]:
             return {
@@ -104,12 +133,16 @@ class Verification:
                 "note": check.note,
             }
 
-        return {
+        record = {
             "max_abs_difference": self.max_abs_difference,
             "text": self.text,
             "tail": plain(self.tail),
             "fast_form": plain(self.fast_form),
             "head": self.head,
+        }
+        if not decompositions:
+            return record
+        return record | {
             "decompositions": [plain(check) for check in self.decompositions],
             "offered": dict(self.offered),
             "refused": dict(self.refused),
@@ -127,49 +160,163 @@ def tolerance(dtype: torch.dtype, size: float) -> float:
     return max(1.0, size) * (32 * single + (2 * own if own > single else 0.0))
 
 
-def verify_tail(tail: Tail, logits: torch.Tensor, dtype: torch.dtype) -> tuple[Check, Check]:
-    """Hold the tail against the model's logits, and the fast form against the tail.
+def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
+    """Prove a tail on the template: in context, by rows where that is possible, and in its fast form.
+
+    Three things are asked. Does the recorded pass, played again with the stack's last state put back,
+    give the model's own answer? Does the answer change with that state (else this is the wrong
+    stack)? And does it follow from the state alone, so that single rows can be decoded?
 
     Args:
-        tail: the tail; its fast form is thrown away if it is not equal.
-        logits: the model's logits on the template, [1, tokens, V].
+        tail: the tail; how it decodes rows, and its fast form, are set here.
         dtype: the model's dtype.
 
     Returns:
         The check of the tail and the check of the fast form.
 
     Raises:
-        VerificationError: the tail does not reproduce the logits.
+        VerificationError: the tail does not reproduce the model's answer, or does not depend on the stack.
     """
-    last = first_tensor(tail.stack.outputs[-1])
+    last = first_tensor(tail.run.blocks[-1])
+    own = output_of(tail.run.output, texts=tail.texts)
     assert last is not None
-    hidden = last.reshape(-1, tail.stack.width)
-    truth = logits.float().reshape(-1, logits.shape[-1])
+    assert own is not None
+    truth = own.flat
     name = "tail(last hidden state) = the model's logits"
-    if hidden.shape[0] != truth.shape[0]:
-        raise VerificationError(
-            f"{tail.stack.name} has {hidden.shape[0]} positions where the logits have {truth.shape[0]}: "
-            "its hidden states do not lead to the logits one by one"
-        )
     if not bool(torch.isfinite(truth).any()):
         raise VerificationError(
             f"the model's own logits are not finite on a few ordinary tokens{_first_not_finite(tail)}; "
             "load it in float32, or look at its weights"
         )
-    decoded = tail.logits(hidden).to(truth.device)
-    error = max_difference(decoded, truth)
     allowed = tolerance(dtype, finite_size(truth))
+    error = max_difference(tail.output(last).flat, truth)
     if not error <= allowed:
         raise VerificationError(
             f"the short-circuited tail of {tail.stack.name} does not give the model's own logits: they differ by "
             f"{error:.2g} where rounding explains {allowed:.1g}; this model cannot be read"
         )
-    return Check(name, True, error, allowed), _verify_fast_form(tail, hidden, decoded, truth, dtype)
+    if not max_difference(tail.output(_moved(last, 6)).flat, truth) > allowed:
+        raise VerificationError(
+            f"the model's answer does not depend on the last state of {tail.stack.name}: it leads somewhere else"
+        )
+    note = _verify_rows(tail, last, own, allowed)
+    if tail.by is None:
+        return Check(name, True, error, allowed, note), Check(FAST, False, None, None, "whole states are decoded")
+    hidden = tail.stack.layout.rows(last)
+    decoded = tail.logits(hidden).to(truth.device)
+    truth = own.rows if tail.space.per == "position" else decoded  # of a pooled answer there is no row
+    error = max(error, max_difference(decoded, truth))
+    return Check(name, True, error, allowed, note), _verify_fast_form(tail, hidden, decoded, truth, dtype)
+
+
+FAST = "fast form (linear head and what follows it) = tail"
+
+
+def _moved(state: torch.Tensor, seed: int) -> torch.Tensor:
+    """A state with noise of its own size added."""
+    noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed)).to(state)
+    return state + noise * state.float().std().clamp_min(1e-3).to(state)
+
+
+def _verify_rows(tail: Tail, last: torch.Tensor, own: Output, allowed: float) -> str:
+    """Find how single rows can be decoded, prove it, and say in words what was found."""
+    space, stack = tail.space, tail.stack
+    rows = stack.layout.rows(last)
+    if space.per == "position" and space.name != "boxes":
+        if stack.batch == 1 and _agrees(tail, "tokens", rows, own.rows, allowed):
+            tail.alone = True
+            return "token by token"
+        tail.alone = _alone(tail, last, own, allowed)
+        shifted = rows.roll(1, 0)  # a row means the same at another position
+        if tail.alone and _agrees(tail, "states", shifted, own.rows.roll(1, 0), allowed):
+            tail.batched = _batch_agrees(tail, rows, allowed)
+            return "position by position"
+    else:
+        tail.alone = _alone(tail, last, own, allowed)
+    if space.per == "input" and tail.alone:
+        few = torch.cat([rows[:2], _moved(rows[:2], 7)])
+        tail.by = "states"
+        tail.batched = _batch_agrees(tail, few, allowed)
+        by_states = tail.logits(few)
+        if space.name == "classes" and stack.batch == 1 and _agrees(tail, "tokens", few, by_states, allowed):
+            return "pooled; single positions as inputs of one token"
+        tail.by = "states"
+        return "pooled; single positions as inputs that are the same everywhere"
+    tail.by = None
+    return "whole states" if tail.alone else "whole states, given what else this input left in the model"
+
+
+def _agrees(tail: Tail, by: str, rows: torch.Tensor, truth: torch.Tensor, allowed: float) -> bool:
+    """Whether rows decoded in one way give the truth; the way stays set on the tail if they do."""
+    tail.by = by
+    if by == "tokens" and tail.template.tokens is None:
+        tail.by = None
+        return False
+    try:
+        decoded = tail.logits(rows)
+        fine = decoded.shape == truth.shape and max_difference(decoded, truth.to(decoded.device)) <= allowed
+    except _FORWARD_ERRORS:  # a model that cannot run on such inputs is decoded in another way
+        fine = False
+    if not fine:
+        tail.by = None
+    return fine
+
+
+def _batch_agrees(tail: Tail, rows: torch.Tensor, allowed: float) -> bool:
+    """Whether several states may go through one replay."""
+    if tail.stack.layout.batch is None or tail.stack.batch != 1:
+        return False
+    states = torch.stack([rows.roll(i, 0) for i in range(3)])
+    n = tail.stack.positions
+    states = torch.cat([states] * (1 + n // states.shape[1]), dim=1)[:, :n]
+    try:
+        tail.batched = True
+        together = tail.decode_states(states)
+        tail.batched = False
+        singly = tail.decode_states(states)
+    except _FORWARD_ERRORS:
+        tail.batched = False
+        return False
+    return together.shape == singly.shape and max_difference(together, singly) <= allowed
+
+
+def _alone(tail: Tail, last: torch.Tensor, own: Output, allowed: float) -> bool:
+    """Whether the answer stays what it is when everything else in the record is disturbed."""
+
+    def disturbed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _moved(value, 8) if value.is_floating_point() and value.numel() > 1 else value
+        return rebuilt(value, disturbed)
+
+    run = tail.run
+    noisy = Run(
+        run.inputs,
+        run.output,
+        tuple((path, module, disturbed(output)) for path, module, output in run.upstream),
+        tuple(map(disturbed, run.blocks)),  # the last one hands on ``last`` itself
+    )
+    try:
+        return max_difference(tail.output(last, noisy).flat, own.flat) <= allowed
+    except _FORWARD_ERRORS:
+        return False
+
+
+_FORWARD_ERRORS = (
+    ModelError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+)
+"""What a model's own code raises on inputs that it was not made for."""
 
 
 def _first_not_finite(tail: Tail) -> str:
     """The block, in words, from which on hidden states are not finite; nothing if they all are."""
-    for layer, output in enumerate(tail.stack.outputs):
+    for layer, output in enumerate(tail.run.blocks):
         state = first_tensor(output)
         if state is not None and not bool(torch.isfinite(state).all()):
             return f": hidden states are not, from {layer}.resid_post of {tail.stack.name} on"
@@ -179,7 +326,7 @@ def _first_not_finite(tail: Tail) -> str:
 def _verify_fast_form(
     tail: Tail, hidden: torch.Tensor, decoded: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype
 ) -> Check:
-    name = "fast form (linear head and what follows it) = tail"
+    name = FAST
     why = tail.derive_head()
     if tail.head is None:
         return Check(name, False, None, None, f"{why}; the tail itself is used")
@@ -220,9 +367,7 @@ def finite_size(z: torch.Tensor) -> float:
     return float(torch.where(torch.isfinite(z), z, 0.0).abs().max()) if z.numel() else 0.0
 
 
-def verify_decompositions(
-    parts: Sequence[BlockParts], dtype: torch.dtype
-) -> tuple[tuple[Check, ...], dict[str, int], dict[str, str]]:
+def verify_decompositions(parts: Sequence[BlockParts], dtype: torch.dtype) -> Judgement:
     """Judge the parts of every block; parts whose identity fails are removed from ``parts``.
 
     Returns:

@@ -146,3 +146,27 @@ def _byte_characters() -> dict[str, int]:
     others = [b for b in range(256) if b not in own]
     table.update({chr(256 + i): b for i, b in enumerate(others)})
     return table
+
+
+class ColumnLabels(Vocabulary):
+    """Labels for columns that are no tokens: classes, or concepts.
+
+    Args:
+        names: by column.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(None, len(names))
+        self.names = list(names)
+
+    def label(self, token_id: int) -> str:
+        """The name of a column."""
+        return self.names[token_id]
+
+    def labels(self, ids: Sequence[int]) -> list[str]:
+        """The names of columns."""
+        return [self.names[i] for i in ids]
+
+    def pending(self, ids: Sequence[int]) -> bytes:
+        """Nothing: names are whole."""
+        return b""

@@ -11,6 +11,10 @@ _DARK = ((24, 29, 40), (29, 52, 86), (28, 88, 124), (34, 134, 146), (104, 186, 1
 
 STEPS = 64
 
+CATEGORIES = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+"""Distinct for colour-blind readers (Okabe and Ito), for labels; what has no colour of its own is `OTHERS`."""
+OTHERS = "#8c8c8c"
+
 
 def background(fraction: float, *, dark: bool = False) -> str:
     """Colour ``#rrggbb`` for a value from 0 to 1, on a light page or a dark one."""

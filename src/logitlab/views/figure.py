@@ -1,4 +1,7 @@
-"""A Reading as a publication figure: layers by tokens, and the rank of the targets beside it."""
+"""A Reading as a publication figure: layers by tokens, and the rank of the targets beside it.
+
+A prompt whose picture was read is drawn by `logitlab.views.overlay` instead.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 
 from logitlab.errors import InputError
 from logitlab.files import write_atomically
 from logitlab.reading import Reading
-from logitlab.views import colour
-from logitlab.views.tokens import cell_label, lens_name, model_name, site_names, visible
+from logitlab.views import colour, overlay, pictures
+from logitlab.views.tokens import cell_label, label_space, lens_name, model_name, noun, site_names, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,8 +70,13 @@ def save_figure(reading: Reading, path: str | Path, *, prompt: int = 0) -> Path:
 def figure(reading: Reading, *, prompt: int = 0) -> Figure:
     """A heat map of one prompt, the last layer at the top; with targets, their rank at the last position.
 
+    A prompt with patches of a picture is drawn as that picture at up to twelve sites, evenly chosen, its
+    patches coloured by their top label or, with targets, by the probability of each target. A detector's
+    picture has the boxes of the queries whose best class is more probable than 0.5, else of the five best.
+
     Raises:
-        InputError: no such prompt, nothing was read for it, or Matplotlib is not installed.
+        InputError: no such prompt, nothing was read for it, its picture cannot be decoded, or Matplotlib is
+            not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -80,6 +88,8 @@ def figure(reading: Reading, *, prompt: int = 0) -> Figure:
     sites, positions = len(reading.sites), len(reading.prompts[prompt].positions)
     if not sites or not positions:
         raise InputError(f"there is nothing to draw: prompt {prompt} has no sites or no positions in this Reading")
+    if (pictured := overlay.figure(reading, prompt, _fonts())) is not None:
+        return pictured
     written = positions <= _MOST_POSITIONS and sites <= _MOST_SITES
     labels = _labels(reading, prompt) if written else None
     cell = _cell_width(labels) if labels else max(0.02, min(0.15, 9 / positions))
@@ -116,7 +126,7 @@ def _heat_map(axes: Axes, reading: Reading, n: int, labels: list[list[str]] | No
         rasterized=labels is None,  # a vector file would hold a path for each of very many cells
     )
     if count <= _MOST_POSITIONS:
-        tokens = [_cut(visible(prompt.tokens[p])) for p in prompt.positions]
+        tokens = [_cut(name) for name in pictures.position_names(prompt)]
         _ticks(axes, "x", tokens, _MOST_POSITIONS)
         axes.tick_params(axis="x", rotation=0 if labels and max(map(cell_len, tokens)) < 10 else 90)
     else:
@@ -142,7 +152,10 @@ def _heat_map(axes: Axes, reading: Reading, n: int, labels: list[list[str]] | No
             )
     assert axes.figure is not None
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
-    bar.set_label("probability of the top token", fontsize=_TEXT)
+    label = f"probability of the top {noun(reading)}"
+    if reading.activation == "sigmoid":
+        label += f"\n{pictures.INDEPENDENT}"
+    bar.set_label(label, fontsize=_TEXT)
     bar.ax.tick_params(labelsize=_SMALL)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
@@ -173,7 +186,9 @@ def _ranks(axes: Axes, reading: Reading, n: int) -> None:
     legend = axes.legend(fontsize=_SMALL, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     for text, target in zip(legend.get_texts(), reading.targets, strict=True):
         text.set_parse_math(False)
-        text.set_text(_cut(visible(target.token)))  # only now: Matplotlib drops labels that begin with "_"
+        text.set_text(
+            _cut(visible(target.token, space=label_space(reading)))
+        )  # only now: Matplotlib drops labels that begin with "_"
         text.set_fontfamily(_fonts())
 
 
@@ -202,8 +217,8 @@ def _cell_width(labels: list[list[str]]) -> float:
     return max(0.35, 0.065 * max(cell_len(label) for row in labels for label in row) + 0.08)
 
 
-def _cut(label: str, most: int = 12) -> str:
-    return label if cell_len(label) <= most else set_cell_size(label, most - 1).rstrip() + "…"
+def _cut(label: str) -> str:
+    return overlay.cut(label, 12)
 
 
 @cache

@@ -67,7 +67,17 @@ def _escaped(character: str) -> str:
 
 def cell_label(reading: Reading, token_id: int, prompt: int, slot: int) -> str:
     """Visible label of a token in a cell; ``–`` where the table holds none."""
-    return "–" if token_id < 0 else visible(reading.label(token_id, prompt, slot))
+    return "–" if token_id < 0 else visible(reading.label(token_id, prompt, slot), space=label_space(reading))
+
+
+def label_space(reading: Reading) -> str:
+    """What stands for a space in a label: tokens hold spaces that matter, names of classes only separate words."""
+    return "·" if reading.space == "vocabulary" else " "
+
+
+def noun(reading: Reading) -> str:
+    """What a column is called in prose."""
+    return {"vocabulary": "token", "concepts": "concept"}.get(reading.space, "class")
 
 
 def site_names(sites: Sequence[str]) -> list[str]:
