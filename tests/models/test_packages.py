@@ -16,11 +16,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import logitlab as ll
-from logitlab.models import conversions, packages, samples
+from logitlab.models import conversions, onnx_file, packages, samples
 from logitlab.models.packages import PACKAGES, Archive, Package
 
 
@@ -208,9 +209,12 @@ def test_killed_in_the_middle(registry: Registry, tmp_path: Path) -> None:
     assert not left_over(root)
 
 
+PYTHON = sys.executable
+
+
 def fake_program(folder: Path, name: str, script: str) -> Path:
     path = folder / name
-    path.write_text(f"#!{sys.executable}\n{textwrap.dedent(script)}")
+    path.write_text(f"#!{PYTHON}\n{textwrap.dedent(script)}")
     path.chmod(0o755)
     return path
 
@@ -231,9 +235,7 @@ def test_npm_is_not_there_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sys.exit(1)
     """
     fake_program(tmp_path, "npm", script)
-    with pytest.raises(
-        ll.InputError, match=r"^the download of thing@1\.2 failed: npm error 404 Not Found: thing@1\.2;"
-    ):
+    with pytest.raises(ll.InputError, match=r"^the download of thing@1\.2 failed: 404 Not Found: thing@1\.2; check"):
         packages._download(NPM, tmp_path)
     fake_program(tmp_path, "npm", "import sys; open('thing.tgz', 'w').write(' '.join(sys.argv[1:3]))")
     where = tmp_path / "where"
@@ -306,6 +308,49 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         conversions._save(BertForMaskedLM, config, untied, tmp_path)
 
 
+def varint(number: int) -> bytes:
+    out = bytearray()
+    number &= 2**64 - 1  # negative numbers take ten bytes
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    """One field of a protocol-buffer message."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def tensor(name: str, kind: int, shape: list[int], data: bytes) -> bytes:
+    return field(5, b"".join(field(1, n) for n in shape) + field(2, kind) + field(8, name.encode()) + data)
+
+
+def test_onnx_files() -> None:
+    matrix = np.array([[1.5, -2], [3, 4], [5, 6]], "<f4")
+    node = b"".join(field(n, v) for n, v in ((1, b"x"), (1, b"w"), (2, b"y"), (3, b"/a/MatMul"), (4, b"MatMul")))
+    graph = field(1, node) + tensor("w", 1, [3, 2], field(9, matrix.tobytes()))
+    graph += tensor("one", 1, [], field(4, np.array([0.25], "<f4").tobytes()))
+    graph += tensor("packed", 3, [3], field(5, b"".join(map(varint, (-3, 0, 127)))))
+    graph += tensor("loose", 7, [], field(5, -9))
+    graph += tensor("half", 10, [1], field(9, b"\0\0"))  # of a type that is not read
+    raw = field(1, 8) + field(7, graph) + varint(9 << 3 | 5) + b"abcd"
+    arrays, nodes = onnx_file.read(raw)
+    assert nodes == [onnx_file.Node("MatMul", "/a/MatMul", ("x", "w"))]
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "w": matrix.tolist(),
+        "one": 0.25,
+        "packed": [-3, 0, 127],
+        "loose": -9,
+    }
+    assert (arrays["w"].dtype, arrays["packed"].dtype) == ("float32", "int8")
+    for broken in (b"", b"<html>nothing</html>", raw[:-20], field(7, graph)[:50]):
+        with pytest.raises(ValueError, match="is not an ONNX model"):
+            onnx_file.read(broken)
+
+
 # The real packages. What is expected was measured with other loaders of the same files.
 
 real = [pytest.mark.slow, pytest.mark.packages]
@@ -353,6 +398,15 @@ class TestReal:
         assert 0 not in ids  # what is in no token is written in bytes
         assert len(tokenizer) == 32000
 
+    def test_minimind(self) -> None:
+        model = ll.load(packages.fetch("minimind2-small"))
+        tokenizer: Any = model.tokenizer
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        start = tokenizer(text, return_tensors="pt")
+        out = model.module.generate(**start, max_new_tokens=12, do_sample=False)[0, start.input_ids.shape[1] :]
+        assert tokenizer.decode(out, skip_special_tokens=True) == "The capital of France is Paris."
+
     def test_antiberty(self) -> None:
         model = ll.load(packages.fetch("antiberty"))
         tokenizer: Any = model.tokenizer
@@ -367,7 +421,6 @@ class TestReal:
         assert int((guessed == ids[0, 1:-1]).sum()) == 48
 
     def test_whisper(self) -> None:
-        import numpy as np
         from transformers import AutoProcessor, WhisperForConditionalGeneration
 
         folder = packages.fetch("whisper-tiny.en")
@@ -423,8 +476,6 @@ def spoken(text: str) -> Any:
     """Speech by espeak-ng as float32 samples at 16 kHz."""
     import shutil
     import wave
-
-    import numpy as np
 
     program = shutil.which("espeak-ng")
     if program is None:

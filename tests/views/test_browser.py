@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
+from logitlab.views import colour
 from logitlab.views.page import embedded, page
 from logitlab.views.tokens import visible
 
@@ -172,3 +175,139 @@ def test_every_target_has_a_line_of_its_own(make_reading, opened):
 def test_empty_reading_and_frame(make_reading, opened):
     assert "nothing was read" in opened(page(make_reading().at(position=[])))
     assert "<iframe" in opened(embedded(make_reading(n_prompts=2)))
+
+
+PATCHES = """
+  const patch = (row, column) => document.querySelector(`.patch[data-row="${row}"][data-column="${column}"]`);
+  const parts = "#detail h2, #detail bdi, #detail .bars .code, #detail .bars > :nth-child(3n)";
+  const detail = () => [...document.querySelectorAll(parts)].map((n) => n.textContent);
+  const over = (node) => node.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const get = (id) => document.getElementById(id), text = (id) => get(id).textContent;
+  const slide = (id, value) => { get(id).value = value; get(id).dispatchEvent(new Event("input")); };
+  const count = (which) => document.querySelectorAll(which).length;
+  const key = () => [...document.querySelectorAll("#swatches li")].map((n) => n.textContent);
+"""
+
+
+def test_the_patches_of_a_picture(make_seen, opened):
+    reading = make_seen(k=2)
+    script = f"""{PATCHES}
+      say([text("layerName"), text("answer"), get("photo").naturalWidth, get("limits").hidden]);
+      say([...document.querySelectorAll(".patch")].map((n) => n.getAttribute("aria-label")));
+      slide("layer", 0);
+      say([text("layerName"), text("answer"), patch(1, 2).getAttribute("aria-label")]);
+      over(patch(1, 2)); say(detail());
+      patch(1, 2).click();
+      say([location.hash, document.querySelector(".cell.now").textContent, document.activeElement === patch(1, 2)]);
+      press("ArrowDown"); say([detail()[1], document.activeElement.dataset.slot, location.hash]);
+      press("Enter"); say([location.hash, count('.patch[tabindex="0"]'), count(".patch.now")]);
+      say([patch(0, 0).style.background, getComputedStyle(patch(0, 0)).left, key()]);
+    """
+    lines = [json.loads(line) for line in seen(opened(driven(page(reading), script)))]
+
+    def spoken(site, slot):
+        cell = reading.cell(0, site, slot)
+        return f"{cell.tokens[0]} {chance(cell.probabilities[0])}"
+
+    places = {(row, column): p for p, row, column in reading.prompts[0].pictures[0].patches}
+    slot, below = places[1, 2], places[2, 2]
+    assert lines[0] == ["2.resid_post", f"answer at pooled: {spoken(2, 17)}", 64, True]
+    assert lines[1] == [f"patch {row},{column}: {spoken(2, p)}" for (row, column), p in places.items()]
+    assert lines[2] == ["0.resid_post", f"answer at pooled: {spoken(0, 17)}", f"patch 1,2: {spoken(0, slot)}"]
+    cell = reading.cell(0, 0, slot)
+    bars = [text for t, p in zip(cell.tokens, cell.probabilities, strict=True) for text in (t, chance(p))]
+    assert lines[3] == ["0.resid_post", "patch 1,2", *bars]
+    assert lines[4] == [f"#cell=0,{slot}&pin={slot}", cell.tokens[0], True]
+    assert lines[5] == ["patch 2,2", str(below), f"#cell=0,{slot}&pin={slot}"]
+    assert lines[6] == [f"#cell=0,{below}&pin={below}", 1, 1]
+    tops = [reading.cell(0, 0, p).tokens[0] for p in places.values()]
+    shown = {re.sub(r"\d+$", "", entry): int(re.search(r"\d+$", entry)[0]) for entry in lines[7][2]}
+    others = shown.pop("others", 0)
+    assert shown == {label: tops.count(label) for label in shown}
+    assert sum(shown.values()) + others == 16
+    assert lines[7][0].startswith("rgba(")
+    assert lines[7][1] == "0px"
+
+
+def chance(p):
+    """As the page writes a probability."""
+    return f"{100 * p:.1f}%" if p >= 0.0995 else f"{100 * p:.2g}%" if p >= 0.0001 else f"{p:.1e}"
+
+
+def test_the_boxes_of_a_detector(make_detected, opened):
+    reading = make_detected()
+    script = f"""{PATCHES}
+      const boxes = () => [...document.querySelectorAll(".box")].map((n) => n.getAttribute("aria-label")).sort();
+      say([boxes(), text("answer"), key().sort()]);
+      slide("limit", 100); say([boxes().length, count(".box.dashed"), text("answer"), location.hash]);
+      slide("layer", 0); slide("limit", 0); say(boxes());
+      const cat = document.querySelector('.box[data-slot="1"]');
+      say([cat.style.left, cat.style.top, cat.style.width, cat.style.height]);
+      over(cat); say(detail().slice(0, 2));
+      cat.focus(); press("Enter"); say([location.hash, document.activeElement.dataset.slot]);
+      get("overlay").click(); say(get("marks").hidden);
+    """
+    lines = [json.loads(line) for line in seen(opened(driven(page(reading), script)))]
+
+    def spoken(site, least):
+        found = []
+        for slot in range(4):
+            cell = reading.cell(0, site, slot)
+            i = next(i for i, token in enumerate(cell.tokens) if token != "no object")
+            if cell.probabilities[i] > least:
+                found.append(f"query {slot}: {cell.tokens[i]} {chance(cell.probabilities[i])}")
+        return found
+
+    assert lines[0][:2] == [spoken(2, 0.5), f"{len(spoken(2, 0.5))} of 4 queries above 50%"]
+    assert lines[0][2] == ["cat1", "dog1", "remote1"]
+    assert lines[1] == [4, 4, "no query above 100%; the 4 best are dashed", "#cell=2,1&pin=1&limit=100"]
+    assert lines[2] == spoken(0, 0)
+    assert [round(float(side.rstrip("%"))) for side in lines[3]] == [40, 25, 40, 50]
+    assert lines[4] == ["0.resid_post", "query 1"]
+    assert lines[5] == ["#cell=0,1&pin=1&limit=0", "1"]
+    assert lines[6] is True
+
+
+def test_pictures_with_hostile_labels(make_seen, make_detected, hostile, opened):
+    for reading in (make_seen(labels=hostile, n_pictures=2), make_detected(labels=hostile, n_queries=12)):
+        document = opened(page(reading), "#cell=1,3&limit=1")
+        body = document[: document.index('<script type="application/json"')]
+        assert body.count("<img") == 1  # the picture
+        assert 'src="data:image/png;base64,' in body
+        shown = re.findall(r'<bdi class="code" title="[^"]*">([^<]*)</bdi>', body)
+        assert {html.unescape(text) for text in shown} <= {visible(t, space=" ") for t in hostile} | {"others"}
+
+
+def test_two_pictures_and_targets(make_seen, opened):
+    reading = make_seen("vocabulary", n_pictures=2, targets=(3,))
+    script = f"""{PATCHES}
+      const first = get("photo").src;
+      say([...document.querySelectorAll("#picture option")].map((n) => n.textContent));
+      const choose = get("picture");
+      choose.value = 1; choose.dispatchEvent(new Event("change"));
+      say([patch(0, 0).dataset.slot, get("photo").src === first, location.hash]);
+      const shade = get("colour");
+      shade.value = "p0"; shade.dispatchEvent(new Event("change"));
+      say([text("note"), key(), patch(0, 0).style.background]);
+    """
+    lines = [json.loads(line) for line in seen(opened(driven(page(reading), script)))]
+    assert lines[0] == ["picture 1 of 2", "picture 2 of 2"]
+    assert lines[1] == ["17", False, "#cell=2,36&pin=36&picture=1"]
+    steps = colour.table()
+    back, _ = steps[round(reading.cell(0, 2, 17).target_probabilities[0] * (len(steps) - 1))]
+    rgb = ", ".join(str(int(back[i : i + 2], 16)) for i in (1, 3, 5))
+    assert lines[2][:2] == ["shade: probability of sky", []]
+    assert lines[2][2].startswith(f"rgba({rgb}, 0.65")
+
+
+def test_a_picture_without_patches_is_shown(make_reading, make_seen, opened):
+    picture = replace(make_seen().prompts[0].pictures[0], grid=(0, 0), patches=())
+    reading = make_reading(n_sites=2, n_positions=2)
+    reading = replace(reading, prompts=(replace(reading.prompts[0], pictures=(picture,)),))
+    script = f"""{PATCHES}
+      const there = (id) => get(id).getClientRects().length > 0;
+      say(["view", "photo", "layers", "limits", "overlays", "grid"].map(there));
+    """
+    assert seen(opened(driven(page(reading), script))) == ["[true,true,false,false,false,true]"]
+    assert seen(opened(driven(page(make_reading()), f"{PATCHES}say(get('view').hidden);"))) == ["true"]

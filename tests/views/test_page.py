@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -124,3 +125,75 @@ def test_a_long_reading_stays_small(make_reading):
     reading.arrays["top_id"][:] = ids
     reading = replace(reading, labels={int(i): f" token{i}" for i in np.unique(ids)})
     assert len(page(reading)) < 5_000_000
+
+
+def test_pictures_and_patches_are_held(make_seen):
+    reading = make_seen("vocabulary", n_pictures=2, grid=(3, 5))
+    data = held(page(reading))
+    (prompt,) = data["prompts"]
+    assert prompt["text"] == "<s>[picture][picture] What is this?"
+    assert prompt["answer"] == 34
+    for picture, shown in zip(reading.prompts[0].pictures, prompt["pictures"], strict=True):
+        assert base64.b64decode(shown["png"]) == picture.png
+        assert (shown["size"], shown["grid"]) == ([64, 48], [3, 5])
+        assert tuple(map(tuple, shown["patches"])) == picture.patches
+        tops = [reading.cell(0, s, p).ids[0] for s in range(3) for p, _, _ in picture.patches]
+        assert shown["palette"][0] == reading.cell(0, 2, 34).ids[0]  # the answer
+        rest = [tops.count(i) for i in shown["palette"][1:]]
+        assert rest == sorted(rest, reverse=True)
+        assert len(shown["palette"]) == len(data["categories"]) == 7
+
+
+def test_slots_of_patches_follow_the_selection(make_seen):
+    (prompt,) = held(page(make_seen().at(position=[17, 6, 1])))["prompts"]
+    assert prompt["pictures"][0]["patches"] == [[2, 0, 0], [1, 1, 1]]
+    assert prompt["answer"] == 0
+    assert prompt["tokens"] == ["pooled", "patch 1,1", "patch 0,0"]
+
+
+def test_boxes_are_held(make_detected):
+    reading = make_detected()
+    reading.arrays["box"][0, 0, 2] = np.nan
+    data = held(page(reading))
+    (prompt,) = data["prompts"]
+    for s in range(3):
+        for slot in range(4):
+            box = prompt["boxes"][4 * (4 * s + slot) :][:4]
+            if (s, slot) == (0, 2):
+                assert box == [None] * 4
+            else:
+                np.testing.assert_allclose(box, reading.cell(0, s, slot).box, atol=1e-4)
+    assert [reading.labels[i] for i in data["none"]] == ["no object"]
+    assert prompt["answer"] == 1  # the query that is surest at the last site
+    assert data["none"][0] not in prompt["palette"]
+    assert (data["threshold"], data["fewest"], data["noun"]) == (0.5, 5, "class")
+
+
+def test_a_class_called_no_object_is_one_elsewhere(make_seen):
+    assert held(page(make_seen(labels=["no object", *"abcd"])))["none"] == []
+
+
+def test_independent_questions_are_said_to_be(make_seen, make_reading):
+    said = "sigmoid: each probability is a question of its own, they do not sum to 1"
+    assert held(page(make_seen("concepts", "sigmoid")))["independent"] == said
+    assert held(page(make_seen()))["independent"] == held(page(make_reading()))["independent"] == ""
+
+
+def test_pages_with_pictures_load_nothing_and_hold_no_markup(make_seen, make_detected, hostile):
+    for reading in (make_seen(labels=hostile, n_pictures=2), make_detected(labels=hostile, targets=(0,))):
+        text = page(reading)
+        assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
+        assert not re.findall(r"\b(?:src|href)=(?!\"data:,)", re.sub(r'id="data">.*', "", text))
+        assert (text.count("<script"), text.count("</script")) == (2, 2)
+        assert "img-src data:" in text
+        text.encode("utf-8")
+    (source,) = re.findall(r'srcdoc="([^"]*)"', embedded(reading))
+    assert html.unescape(source) == page(reading)
+
+
+def test_a_picture_without_patches_is_held(make_reading, make_seen):
+    picture = replace(make_seen().prompts[0].pictures[0], grid=(0, 0), patches=())
+    reading = make_reading()
+    (prompt,) = held(page(replace(reading, prompts=(replace(reading.prompts[0], pictures=(picture,)),))))["prompts"]
+    assert prompt["pictures"][0]["patches"] == prompt["pictures"][0]["palette"] == []
+    assert held(page(make_seen().at(position=[])))["prompts"][0]["pictures"][0]["patches"] == []

@@ -170,3 +170,151 @@ def test_completions_replace_labels(make_reading):
     reading = make_reading(n_sites=2, n_positions=2)
     token = int(reading.arrays["top_id"][0, 1, 1, 0])
     assert "é!" in grid_text(replace(reading, completions={(0, 1): {token: "é!"}}))
+
+
+def table(text):
+    """The rows of the first table, by site."""
+    lines = text.split("\n\n")[0].splitlines()[2:]
+    return {line.split()[0]: line.split()[1:] for line in lines}
+
+
+def test_patches_are_summed_up_by_site(make_seen):
+    reading = make_seen(labels=[f"class{i}" for i in range(10)], targets=(1,))
+    text = grid_text(reading)
+    head, below = text.splitlines()[:2]
+    assert head.split() == ["answer", "rank", "p", "16", "patches"]
+    assert below.split() == ["pooled", "p", "class1", "most", "frequent", "share"]
+    rows = table(text)
+    assert list(rows) == ["2", "1", "0"]
+    for s in range(3):
+        answer = reading.cell(0, s, 17)
+        tops = [reading.cell(0, s, p).tokens[0] for p in range(1, 17)]
+        label = max(tops, key=lambda t: (tops.count(t), -tops.index(t)))
+        assert rows[str(s)] == [
+            answer.tokens[0],
+            percent(answer.probabilities[0]),
+            str(answer.target_ranks[0]),
+            percent(answer.target_probabilities[0]),
+            label,
+            percent(tops.count(label) / 16),
+        ]
+    assert "p: probability of the top class at the answer, then rank and p of each target there" in text
+    assert "share: of the patches that have this top class" in text
+
+
+@pytest.mark.parametrize("site", [None, "0.resid_post"])
+def test_the_map_of_patches(make_seen, site):
+    reading = make_seen()
+    text = grid_text(reading, site=site)
+    shown = site or "2.resid_post"
+    part = text[text.index(f"patches at {shown}\n") :].split("\n\n")[0].splitlines()[1:]
+    key = dict(re.match(r"([A-Z]) = (.*) \((\d+) patch(?:es)?\)", line).groups()[:2] for line in part[4:])
+    counts = {line.split(" = ")[0]: int(re.search(r"\((\d+)", line)[1]) for line in part[4:]}
+    letters = [line.split() for line in part[:4]]
+    for position, row, column in reading.prompts[0].pictures[0].patches:
+        assert key[letters[row][column]] == reading.cell(0, shown, position).tokens[0]
+    assert counts == {letter: [x for row in letters for x in row].count(letter) for letter in key}
+    assert list(counts.values()) == sorted(counts.values(), reverse=True)
+
+
+def test_many_labels_share_the_last_letter(make_seen):
+    text = grid_text(make_seen(labels=[f"class {i}" for i in range(400)], grid=(10, 10)))
+    (line,) = [line for line in text.splitlines() if line.startswith("· = ")]
+    labels, patches = map(int, re.findall(r"\d+", line))
+    assert sum(line.count("·") for line in text.splitlines() if re.fullmatch(r"(?:[A-L·] ?){10}", line)) == patches
+    named = [int(n) for n in re.findall(r"^[A-L] = .* \((\d+) patch", text, re.MULTILINE)]
+    assert len(named) == 12
+    assert sum(named) + patches == 100
+    assert labels <= patches
+
+
+@pytest.mark.parametrize(("width", "step"), [(100, 2), (48, 2), (47, 1), (24, 1), (23, 0)])
+def test_a_map_is_whole_or_not_there(make_seen, width, step):
+    text = grid_text(make_seen(grid=(6, 24)), width)
+    rows = [line for line in text.splitlines() if re.fullmatch(r"[A-L· ]{24,}", line)]
+    assert [len(row) for row in rows] == [24 * step - (step == 2)] * 6 * (step > 0)
+    told = "6 by 24 patches do not fit here: Reading.figure and Reading.html draw the picture"
+    assert (told in " ".join(text.split())) == (step == 0)
+
+
+def test_patches_that_were_not_read_are_blank(make_seen):
+    text = grid_text(make_seen().at(position=[1, 6, 17]))
+    assert "2 patches" in text
+    assert "A\n  B\n\n\n" in text or "A\n  A\n\n\n" in text
+    assert "blank: not read (14 patches)" in text
+
+
+def test_words_beside_a_picture_keep_their_grid(make_seen):
+    reading = make_seen("vocabulary", n_pictures=2, labels=[f" w{i}" for i in range(9)])
+    text = grid_text(reading)
+    assert "picture 1, 16 patches" in text
+    assert "picture 2, 16 patches" in text
+    assert "patches of picture 2 at 2.resid_post" in text
+    grids = [part for part in text.split("\n\n") if "·What" in part]
+    head, names, *rows = [line.split() for line in grids[-1].splitlines()]
+    assert head == ["0", "33", "34", "35", "36"]
+    assert names == ["<s>", "·What", "·is", "·this", "?", "p"]
+    for s, row in zip((2, 1, 0), rows, strict=True):
+        cells = [reading.cell(0, s, p) for p in (0, 33, 34, 35, 36)]
+        assert row[1:-1] == [visible(c.tokens[0]) for c in cells]
+        assert row[-1] == percent(cells[-1].probabilities[0])
+
+
+def test_detections(make_detected):
+    reading = make_detected(targets=(1,))
+    text = grid_text(reading)
+    lines = text.splitlines()
+    assert lines[0].split() == ["queries", "best", "best", "1", "best", "2"]
+    assert lines[1].split() == ["p>50%", "dog", *["label", "p", "q", "x", "y", "w", "h"] * 2]
+    rows = table(text)
+    for s in range(3):
+        best = []
+        for slot in range(4):
+            cell = reading.cell(0, s, slot)
+            i = next(i for i, t in enumerate(cell.tokens) if t != "no object")
+            box = [f"{side:.2f}" for side in cell.box]
+            best.append((cell.probabilities[i], [cell.tokens[i], percent(cell.probabilities[i]), str(slot), *box]))
+        best.sort(reverse=True)
+        target = max(reading.cell(0, s, slot).target_probabilities[0] for slot in range(4))
+        count = sum(p > 0.5 for p, _ in best)
+        assert rows[str(s)] == [str(count), percent(target), *best[0][1], *best[1][1]]
+    assert "best 4" in grid_text(reading, 200)
+    assert "p: probability of a query's best class other than no object" in text
+
+
+def test_positions_of_a_classifier_of_texts_have_the_grid(make_reading):
+    reading = make_reading(n_sites=2, n_positions=3)
+    prompt = replace(reading.prompts[0], tokens=("[CLS]", " good", "pooled"), ids=(1, 2))
+    provenance = {**reading.provenance, "space": {"name": "classes", "activation": "sigmoid"}}
+    labels = {i: f"the label {i}" for i in reading.labels}
+    text = grid_text(replace(reading, prompts=(prompt,), provenance=provenance, labels=labels))
+    assert text.splitlines()[1].split() == ["[CLS]", "·good", "pooled", "p"]
+    assert f"the label {reading.cell(0, 1, 0).ids[0]}" in text
+    assert "p: probability of the top class at the last position" in text
+    assert "sigmoid: each probability is a question of its own, they do not sum to 1" in text
+    assert "sigmoid" not in grid_text(reading)
+
+
+@pytest.mark.parametrize("width", [*range(20, 61), 79, 100, 200])
+def test_pictures_fit_any_width(make_seen, make_detected, hostile, width):
+    for reading in (
+        make_seen(labels=hostile, targets=(0, 3), grid=(5, 30)),
+        make_seen("vocabulary", "sigmoid", labels=hostile, n_pictures=3),
+        make_detected(labels=hostile, targets=(0,), n_queries=12),
+    ):
+        text = grid_text(reading, width, panels=None)
+        assert max(map(cell_len, text.split("\n"))) <= width
+        assert text.replace("\n", "").replace("\u200d", "").isprintable()
+
+
+def test_a_prompt_with_a_picture_is_named_by_its_words(make_seen):
+    reading = make_seen("vocabulary")
+    twice = replace(
+        reading, prompts=reading.prompts * 2, arrays={k: np.concatenate([v, v]) for k, v in reading.arrays.items()}
+    )
+    assert "prompt 2 of 2: <s>[picture] What is this?" in grid_text(twice)
+
+
+def test_a_site_that_was_not_read(make_seen):
+    with pytest.raises(InputError, match=r"site 'x' is not in this Reading: it has 0\.resid_post, 1"):
+        grid(make_seen(), site="x")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from logitlab.errors import ModelError
-from logitlab.models import gguf
+from logitlab.models import gguf, onnx_file
 from logitlab.models.packages import members
 
 Conversion = Callable[[list[Path], Path], None]
@@ -352,6 +352,35 @@ def stories(files: list[Path], folder: Path) -> None:
     LlamaTokenizer(vocab=tokens, merges=_merges(tokens), model_max_length=positions).save_pretrained(folder)
 
 
+def minimind(files: list[Path], folder: Path) -> None:
+    """An ONNX file whose matrices are whole numbers of 8 bits with one scale each; the nodes tell which is which."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    read = members(files[0], lambda name: name.endswith((".onnx", ".json")))
+    read = {name.rpartition("/")[2]: content for name, content in read.items()}
+    arrays, nodes = onnx_file.read(read["model_quantized.onnx"])
+
+    def scaled(weight: str, scale: str, zero: str) -> torch.Tensor:
+        return torch.from_numpy((arrays[weight].astype("f4") - arrays[zero].astype("f4")) * arrays[scale])
+
+    state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if name.endswith("norm.weight")}
+    for node in nodes:
+        if node.operation == "MatMulInteger":
+            _, weight, _, zero = node.inputs
+            name = node.name.strip("/").removesuffix("/MatMul_quant").replace("/", ".")
+            matrix = scaled(weight, weight.replace("_quantized", "_scale"), zero)
+            state[f"{name}.weight"] = matrix.T.contiguous()
+        elif node.operation == "DequantizeLinear":  # of the rows that were looked up
+            state["model.embed_tokens.weight"] = scaled("model.embed_tokens.weight_quantized", *node.inputs[1:])
+    config: dict[str, Any] = json.loads(read["config.json"])
+    for key in ("architectures", "dtype", "transformers_version"):
+        config.pop(key, None)
+    config["tie_word_embeddings"] = False  # embedding and head were one, but were rounded differently
+    _save(LlamaForCausalLM, LlamaConfig(**config), state, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_bytes(read[name])
+
+
 def _scored_tokens(raw: bytes, count: int) -> dict[str, int]:
     """Read llama2.c's tokens in the order of their ids; spaces are written as in SentencePiece."""
     tokens = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -418,4 +447,5 @@ CONVERSIONS: dict[str, Conversion] = {
     "opus-mt-en-fr": opus("en_fr"),
     "opus-mt-fr-en": opus("fr_en"),
     "stories15m": stories,
+    "minimind2-small": minimind,
 }

@@ -98,7 +98,7 @@ class _Example:
         takes = self.parameters
         required = {name for name, parameter in takes.items() if parameter.default is parameter.empty}
         decodes = bool({"past_key_values", "use_cache", "logits_to_keep", "decoder_input_ids"} & set(takes))
-        media = self._media(required, decodes=decodes)
+        media = self._media(required)
         given: dict[str, Any] = {}
         # An encoder reads sound or text, never both; pixels go with text where there is a place for it.
         sound = bool({"input_features", "input_values"} & set(media)) and "decoder_input_ids" in takes
@@ -132,7 +132,7 @@ class _Example:
             given["use_cache"] = False
         return given
 
-    def _media(self, required: set[str], *, decodes: bool) -> list[str]:
+    def _media(self, required: set[str]) -> list[str]:
         """The inputs other than text that the model cannot do without."""
         known = [name for name in _MEDIA if name in self.parameters]
         if {"input_features", "input_values"} <= set(known):
@@ -147,15 +147,12 @@ class _Example:
             chosen = [name for name in known if name == main]
         if chosen or not known:
             return chosen
-        if decodes:
-            return [] if self._first_layer(self._text()) is not None else known[:1]
-        return [] if self._text_alone() else known[:1]
+        alone = not self._compares() and self._first_layer(self._text()) is not None
+        return [] if alone else known[:1]
 
-    def _text_alone(self) -> bool:
-        """Whether the model has no layer for pixels or sound, as layout models whose image is optional."""
-        return not any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.module.modules()) and not any(
-            name in self.parameters for name in ("return_loss", "visual_feats")
-        )
+    def _compares(self) -> bool:
+        """Whether texts are scored against an image or a sound."""
+        return bool({"return_loss", "use_image_text_matching_head"} & set(self.parameters))
 
     def _wants_decoder(self, given: Collection[str]) -> bool:
         """Whether a decoder is there, and not fed by the model itself, from input_ids, as by most task heads."""
@@ -165,7 +162,8 @@ class _Example:
             return True
         if not any(getattr(config, "is_encoder_decoder", False) for config in self.configs):
             return False
-        return self._head() is not None or not {"labels", "start_positions"} & set(self.parameters)
+        generates = getattr(self.module, "can_generate", lambda: False)()
+        return generates or self._head() is not None or not {"labels", "start_positions"} & set(self.parameters)
 
     def _head(self) -> Any:
         return getattr(self.module, "get_output_embeddings", lambda: None)()
@@ -173,7 +171,7 @@ class _Example:
     # text
 
     def _text(self) -> dict[str, Any]:
-        compares = "return_loss" in self.parameters or "use_image_text_matching_head" in self.parameters
+        compares = self._compares()
         rows = CAPTIONS if compares else 1
         encoder = "decoder_input_ids" in self.parameters
         length = ENCODER_TOKENS if self._wants_decoder(("input_ids",)) else DECODER_TOKENS
@@ -317,6 +315,26 @@ class _Example:
             frames = frames if first is None or first.fits else None
         return {"pixel_values": pixels if frames else pixels[:, 0]}
 
+    @torch.no_grad()
+    def _image_rows(self, features: Any, media: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """How many vectors the model makes of an image, and the image, with its size where that is asked for."""
+        attempts = [media, media | {"pixel_values": media["pixel_values"][:, None]}]  # of which there may be several
+        if "image_sizes" in self.parameters:
+            sizes = torch.tensor([media["pixel_values"].shape[-2:]], device=self.device)
+            attempts += [media | {"image_sizes": sizes}]
+            crops = media["pixel_values"][:, None].repeat(1, 2, 1, 1, 1)  # the whole, and itself again as its only part
+            attempts += [{"pixel_values": crops, "image_sizes": sizes}]
+        reason = ""
+        for attempt in attempts:
+            try:
+                return _feature_rows(features(**attempt)), attempt
+            except Exception as error:  # whatever the model says, it does not take this one
+                reason = reason or f"{type(error).__name__}: {error}"
+        raise ModelError(
+            f"{self.name} made no features of an image of shape {list(media['pixel_values'].shape)} ({reason}): "
+            "ask for vision=False"
+        )
+
     def _films(self) -> bool:
         """Whether pixels are those of films, since the config has a token for films and none for images."""
         return self._image_token() is None and self._token("video_token_id", "video_token_index") is not None
@@ -345,7 +363,7 @@ class _Example:
         return self._size("num_frames")
 
     def _colours(self) -> int:
-        stated = self._size("num_channels")
+        stated = next((s for s in (self._size("num_channels"), self._size("in_channels")) if s and s <= 4), None)
         if stated is None:
             first = next((m for m in self.module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
             stated = first.in_channels if first is not None and first.in_channels <= 4 else 3
@@ -423,18 +441,11 @@ class _Example:
         if token is None or features is None or "pixel_values" not in self.parameters:
             raise ModelError(f"{self.name} does not say where in its text an image goes: ask for vision=False")
         media = self._pixels()
-        if "image_sizes" in self.parameters and "image_grid_thw" not in self.parameters:
-            media["image_sizes"] = torch.tensor([media["pixel_values"].shape[-2:]], device=self.device)
-        try:
-            with torch.no_grad():  # an image that is asked questions becomes the answers to them
-                asked = self._size("num_query_tokens")
-                count = asked * (media["pixel_values"].shape[1] if self._films() else 1) if asked else 0
-                count = count or _feature_rows(features(**media))
-        except Exception as error:
-            raise ModelError(
-                f"{self.name} made no features of an image of shape {list(media['pixel_values'].shape)} "
-                f"({type(error).__name__}: {error}): ask for vision=False"
-            ) from error
+        asked = self._size("num_query_tokens")  # an image that is asked questions becomes the answers to them
+        if asked:
+            count = asked * (media["pixel_values"].shape[1] if self._films() else 1)
+        else:
+            count, media = self._image_rows(features, media)
         placed = torch.full((1, count), token, device=self.device)
         media["input_ids"] = torch.cat([ids[:, :1], placed, ids[:, 1:]], -1)
         image = (media["input_ids"] == token).long()

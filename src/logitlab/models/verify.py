@@ -37,6 +37,7 @@ class Check:
         error: largest absolute difference that was seen; None where it could not be measured.
         tolerance: largest difference that rounding explains.
         note: where it holds, or why it does not.
+        ordinary: the difference on the template's own states, where `error` was also taken on others.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Check:
     error: float | None
     tolerance: float | None
     note: str = ""
+    ordinary: float | None = None
 
     def __str__(self) -> str:
         mark = "holds" if self.holds else "does not hold"
@@ -97,9 +99,12 @@ class Verification:
 
     @property
     def max_abs_difference(self) -> float:
-        """Largest difference between the decoded last site and the model's logits."""
-        errors = [self.tail.error or 0.0] + ([self.fast_form.error or 0.0] if self.fast_form.holds else [])
-        return max(errors)
+        """Largest difference between the decoded last states of the template and the model's logits.
+
+        It is that of the form that is used: the fast one if there is one, else the tail.
+        """
+        assert self.tail.error is not None
+        return max(self.tail.error, self.fast_form.ordinary or 0.0) if self.fast_form.holds else self.tail.error
 
     @property
     def text(self) -> str:
@@ -189,7 +194,14 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
             "load it in float32, or look at its weights"
         )
     allowed = tolerance(dtype, finite_size(truth))
-    error = max_difference(tail.output(last).flat, truth)
+    try:
+        replayed = tail.output(last).flat
+    except _FORWARD_ERRORS as failure:
+        raise VerificationError(
+            f"{tail.stack.name} cannot be short-circuited: the model stops with {type(failure).__name__}: "
+            f"{' '.join(str(failure).split())[:200]}"
+        ) from failure
+    error = max_difference(replayed, truth)
     if not error <= allowed:
         raise VerificationError(
             f"the short-circuited tail of {tail.stack.name} does not give the model's own logits: they differ by "
@@ -333,14 +345,14 @@ def _verify_fast_form(
     rows = _random_hidden(hidden, tail.head)
     by_tail = torch.cat([decoded, tail.logits(rows).to(decoded.device)])
     by_head = tail.head.logits(tail.head_input(torch.cat([hidden, rows.to(hidden)]))).to(decoded.device)
-    error = max(max_difference(by_head, by_tail), max_difference(by_head[: len(truth)], truth))
+    ordinary = max_difference(by_head[: len(truth)], truth)
+    error = max(max_difference(by_head, by_tail), ordinary)
     allowed = tolerance(dtype, finite_size(by_tail))
     if not error <= allowed:
         tail.drop_head()
         return Check(name, False, error, allowed, "the tail itself is used")
-    return Check(
-        name, True, error, allowed, f"tested on {len(by_tail)} hidden states up to 100 times as large as real ones"
-    )
+    tested = f"tested on {len(by_tail)} hidden states up to 100 times as large as real ones"
+    return Check(name, True, error, allowed, tested, ordinary)
 
 
 def _random_hidden(hidden: torch.Tensor, head: Head) -> torch.Tensor:

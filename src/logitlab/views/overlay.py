@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _PANELS = 12  # sites of a figure
 _LABEL = 24  # characters of a label
 _FAINT, _STRONG = 0.2, 0.8  # opacity of a patch of probability 0 and 1
+_EVEN = 0.65  # opacity where the colour says the probability
 _SMALL, _TEXT = 6.5, 8.0  # points
 _PANEL, _WIDEST, _HIGHEST = 1.85, 2.6, 3.4  # inches: side of a square panel, limits of the others
 
@@ -71,17 +72,17 @@ def _drawn(reading: Reading, blocks: Sequence[_Block]) -> Figure:
     sites = pictures.thinned(len(reading.sites), _PANELS)
     columns = len(sites) if len(sites) <= 4 else 3 if len(sites) in (5, 6, 9) else 4
     rows = -(-len(sites) // columns)
-    heights = [block.above + rows * (block.size[1] + block.title) + block.below for block in blocks]
     width = max(columns * (max(block.size[0] for block in blocks) + 0.12) + 0.1, 3.4)
-    drawn = Figure(figsize=(width, sum(heights) + 0.35), layout="constrained")
+    heights = [block.height(rows, sites, width) for block in blocks]
+    drawn = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
     drawn.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # pyright: ignore[reportOptionalMemberAccess,reportCallIssue]
     title = " · ".join(part for part in (model_name(reading), lens_name(reading)) if part)
     drawn.suptitle(title, fontsize=_TEXT + 1, fontweight="bold", parse_math=False, family=blocks[0].fonts)
-    parts = np.atleast_1d(drawn.subfigures(len(blocks), 1, height_ratios=heights))
-    for part, block in zip(parts, blocks, strict=True):
+    parts: Any = drawn.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)
+    for part, block in zip(parts[:, 0], blocks, strict=True):
         axes = part.subplots(rows, columns, squeeze=False).ravel()
         for s, one in zip(sites, axes, strict=False):
-            block.panel(one, s)
+            block.panel(one, s, block.titles(sites)[s])
         for one in axes[len(sites) :]:
             one.set_visible(False)
         block.legend(part, axes[: len(sites)], sites)
@@ -90,8 +91,6 @@ def _drawn(reading: Reading, blocks: Sequence[_Block]) -> Figure:
 
 class _Block:
     """Panels of one picture (and one target), one for each site."""
-
-    above, below, title = 0.2, 0.75, 0.28  # inches around the panels, and of a panel's title
 
     def __init__(
         self, reading: Reading, n: int, fonts: Sequence[str], picture: Picture | None, target: int | None
@@ -105,7 +104,19 @@ class _Block:
         self.colours: dict[int, str] = {}
         self.space = label_space(reading)
 
-    def panel(self, axes: Axes, site: int) -> None:
+    def said(self, site: int, most: int) -> str:
+        """What a panel's title says after the site, in at most so many characters."""
+        raise NotImplementedError
+
+    def entries(self) -> list[tuple[str, str]]:
+        """Colours and labels of the legend."""
+        raise NotImplementedError
+
+    def heading(self) -> str:
+        """What the panels have in common, above them."""
+        raise NotImplementedError
+
+    def panel(self, axes: Axes, site: int, title: str) -> None:
         """Draw one site."""
         raise NotImplementedError
 
@@ -125,28 +136,45 @@ class _Block:
         axes.spines[:].set(linewidth=0.5, color="#b9c0ca")
         axes.set_title(title, fontsize=_SMALL, family=self.fonts, parse_math=False, pad=3)
 
-    def heading(self, part: SubFigure, text: str) -> None:
-        """What the panels have in common, above them."""
-        part.suptitle(text, fontsize=_TEXT, parse_math=False, family=self.fonts)
+    def titles(self, sites: Sequence[int]) -> dict[int, str]:
+        """Site and what is said there, all on one line if all fit, else all on two."""
+        room = int(self.size[0] * 17)  # characters
+        names = {s: visible(self.reading.sites[s]) for s in sites}
+        one = {s: f"{name}: {self.said(s, _LABEL + 8)}" for s, name in names.items()}
+        if max(map(cell_len, one.values())) <= room:
+            return one
+        return {s: f"{cut(name, room - 1)}:\n{self.said(s, room)}" for s, name in names.items()}
 
-    def named(self, site: int, text: str, most: int = 34) -> str:
-        """A panel's title, on two lines where any could be too long for one."""
-        name = visible(self.reading.sites[site])
-        room = max(cell_len(visible(s)) for s in self.reading.sites) + 2 + _LABEL / 2 + 5
-        return f"{cut(name, most)}: {text}" if room <= self.size[0] * 17 else f"{cut(name, most)}:\n{text}"
+    def height(self, rows: int, sites: Sequence[int], width: float) -> float:
+        """Inches that the block takes in a figure of some width."""
+        title = 0.31 if "\n" in self.titles(sites)[sites[0]] else 0.2
+        entries = self.entries()
+        key = 0.3 + 0.14 * -(-len(entries) // self._columns(entries, width)) if entries else 0.0
+        scale = self.scales * (0.4 + 0.06 * rows + 0.12 * (self.reading.activation == "sigmoid"))
+        return rows * (self.size[1] + title) + key + scale + (0.25 if self.heading() else 0.05)
 
-    def key(self, part: SubFigure, entries: Sequence[tuple[str, str]], note: str) -> None:
-        """A legend of colours and labels below the panels."""
+    scales = True  # whether there is a colour bar
+
+    def _columns(self, entries: Sequence[tuple[str, str]], width: float) -> int:
+        longest = max(cell_len(label) for _, label in entries)
+        return int(max(1, min(len(entries), width // (0.06 * longest + 0.42), 4)))
+
+    def key(self, part: SubFigure, note: str) -> None:
+        """The heading, and a legend of colours and labels below the panels."""
         from matplotlib.patches import Patch as Swatch
 
+        if self.heading():
+            part.suptitle(self.heading(), fontsize=_TEXT, parse_math=False, family=self.fonts)
+        entries = self.entries()
+        if not entries:
+            return
         swatches = [Swatch(facecolor=shade, label=str(i)) for i, (shade, _) in enumerate(entries)]
-        width = part.get_figure(root=True).get_size_inches()[0]  # pyright: ignore[reportOptionalMemberAccess]
-        longest = max((cell_len(label) for _, label in entries), default=1)
-        columns = int(max(1, min(len(entries), width // (0.055 * longest + 0.42), 4)))
+        whole = part.get_figure(root=True)
+        assert whole is not None
         legend = part.legend(
             handles=swatches,
             loc="outside lower center",
-            ncols=columns,
+            ncols=self._columns(entries, float(whole.get_size_inches()[0])),
             fontsize=_SMALL,
             frameon=False,
             title=note,
@@ -187,9 +215,27 @@ class _Patches(_Block):
         self.colours = dict(zip(chosen, colour.CATEGORIES, strict=False))
         self.rest = len({int(i) for i in counted.ravel()} - {-1} - self.colours.keys())
         self.most = self._most(shown)
-        entries = len(self.colours) + bool(self.rest)
-        self.below = 0.55 if target is not None else 0.75 + 0.13 * -(-entries // 3)
-        self.above = 0.2 if name or target is not None else 0.05
+
+    def entries(self) -> list[tuple[str, str]]:
+        """The labels with a colour of their own, and how many have none."""
+        if self.target is not None:
+            return []
+        return _entries({label: self._name(label) for label in self.colours}, self.colours, self.rest)
+
+    def heading(self) -> str:
+        """Which picture, and which target."""
+        return ": ".join(
+            filter(None, (self.name, f"probability of {self._target()}" if self.target is not None else ""))
+        )
+
+    def said(self, site: int, most: int) -> str:
+        """The answer there, or what it gives the target."""
+        arrays, where = self.reading.arrays, (self.n, site, self.answer)
+        if self.target is not None:
+            chance = float(np.exp(arrays["target_logprob"][where][self.target]))
+            return f"p {_number(chance)}, rank {arrays['target_rank'][where][self.target]:,}"
+        label = cell_label(self.reading, int(arrays["top_id"][where][0]), self.n, self.answer)
+        return f"{cut(label, min(_LABEL, most - 5))} {np.exp(arrays['top_logprob'][where][0]):.2f}"
 
     def _most(self, shown: Sequence[int]) -> float:
         if self.target is None:
@@ -198,16 +244,9 @@ class _Patches(_Block):
         most = float(np.nanmax(np.append(values, 0.0)))
         return most if most > 0 else 1.0
 
-    def panel(self, axes: Axes, site: int) -> None:
+    def panel(self, axes: Axes, site: int, title: str) -> None:
         """The picture without colours under one coloured rectangle for every patch."""
-        reading, n = self.reading, self.n
-        cell = reading.cell(n, site, self.answer)
-        if self.target is None:
-            label = cut(cell_label(reading, cell.ids[0], n, self.answer))
-            text = f"{label} {cell.probabilities[0]:.2f}"
-        else:
-            text = f"p {_number(cell.target_probabilities[self.target])}, rank {cell.target_ranks[self.target]:,}"
-        self.picture(axes, self.image, self.named(site, text))
+        self.picture(axes, self.image, title)
         rows, columns = self.grid
         over = np.zeros((rows, columns, 4))
         for patch in self.patches:
@@ -220,7 +259,7 @@ class _Patches(_Block):
         arrays, where = self.reading.arrays, (self.n, site, slot)
         if self.target is not None:
             value = float(np.exp(arrays["target_logprob"][where][self.target]))
-            return (0.0, 0.0, 0.0, 0.0) if np.isnan(value) else (*_scale()(value / self.most)[:3], 0.75)
+            return (0.0, 0.0, 0.0, 0.0) if np.isnan(value) else (*_scale()(value / self.most)[:3], _EVEN)
         value, label = float(np.exp(arrays["top_logprob"][where][0])), int(arrays["top_id"][where][0])
         if np.isnan(value):
             return 0.0, 0.0, 0.0, 0.0
@@ -239,9 +278,7 @@ class _Patches(_Block):
             text, most = f"opacity: probability of the top {noun(reading)}", 1.0
         else:
             shades, most = _scale(), self.most
-            text = f"probability of {cut(visible(reading.targets[self.target].token, space=self.space))}"
-        if self.name or self.target is not None:
-            self.heading(part, ": ".join(filter(None, (self.name, text if self.target is not None else ""))))
+            text = f"probability of {self._target()}"
         bar = part.colorbar(
             ScalarMappable(Normalize(0, most), shades),
             ax=list(axes),
@@ -250,16 +287,17 @@ class _Patches(_Block):
             shrink=0.5,
             aspect=40,
             pad=0.02,
+            alpha=None if self.target is None else _EVEN,
         )
         bar.ax.tick_params(labelsize=_SMALL)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         note = f"{text}\n{pictures.INDEPENDENT}" if independent else text
         bar.set_label(note, fontsize=_SMALL, parse_math=False, family=self.fonts)
-        if self.target is None:
-            entries = [(shade, self._name(label)) for label, shade in self.colours.items()]
-            if self.rest:
-                entries.append((colour.OTHERS, f"{self.rest} other{'s' if self.rest > 1 else ''}"))
-            self.key(part, entries, f"top {noun(reading)} of a patch")
+        self.key(part, f"top {noun(reading)} of a patch")
+
+    def _target(self) -> str:
+        assert self.target is not None
+        return cut(visible(self.reading.targets[self.target].token, space=self.space))
 
     def _name(self, label: int) -> str:
         return cut(visible(self.reading.labels.get(label, f"[{label}]"), space=self.space))
@@ -279,8 +317,24 @@ class _Boxes(_Block):
         self.names = {d.column: d.label for found in self.found.values() for d in found}
         self.colours = dict(zip(pictures.frequent(drawn, len(colour.CATEGORIES)), colour.CATEGORIES, strict=False))
         self.rest = len(set(drawn) - self.colours.keys())
-        self.above = 0.2 if target is not None else 0.05
-        self.below = 0.5 + 0.13 * -(-(len(self.colours) + bool(self.rest)) // 3)
+
+    scales = False
+
+    def entries(self) -> list[tuple[str, str]]:
+        """The classes with a colour of their own, and how many have none."""
+        names = {column: cut(visible(self.names[column], space=self.space)) for column in self.colours}
+        return _entries(names, self.colours, self.rest)
+
+    def heading(self) -> str:
+        """Which target."""
+        if self.target is None:
+            return ""
+        return f"probability of {cut(visible(self.reading.targets[self.target].token, space=self.space))}"
+
+    def said(self, site: int, most: int) -> str:
+        """How many boxes there are."""
+        chosen, passed = self._chosen(site)
+        return f"{len(chosen) if passed else 'none'} above {pictures.THRESHOLD}"
 
     def _chosen(self, site: int) -> tuple[list[Detection], bool]:
         """The detections to draw, and whether they pass the threshold."""
@@ -288,13 +342,12 @@ class _Boxes(_Block):
         above = [d for d in found if d.probability > pictures.THRESHOLD]
         return (above, True) if above else (found[: pictures.FEWEST], False)
 
-    def panel(self, axes: Axes, site: int) -> None:
+    def panel(self, axes: Axes, site: int, title: str) -> None:
         """The picture with the boxes; dashed where no query passes the threshold."""
         from matplotlib.patches import Rectangle
 
         chosen, passed = self._chosen(site)
-        some = f"{len(chosen)} above {pictures.THRESHOLD}" if passed else f"none above {pictures.THRESHOLD}"
-        self.picture(axes, self.image, self.named(site, some))
+        self.picture(axes, self.image, title)
         written: list[tuple[float, float, float]] = []
         # The most probable ones last, on top of the others.
         for d in sorted(chosen, key=lambda d: d.probability):
@@ -335,19 +388,18 @@ class _Boxes(_Block):
 
     def legend(self, part: SubFigure, axes: Sequence[Axes], sites: Sequence[int]) -> None:
         """The classes of the colours."""
-        if self.target is not None:
-            target = cut(visible(self.reading.targets[self.target].token, space=self.space))
-            self.heading(part, f"probability of {target}")
-        entries = [(shade, cut(visible(self.names[c], space=self.space))) for c, shade in self.colours.items()]
-        if self.rest:
-            entries.append((colour.OTHERS, f"{self.rest} other{'s' if self.rest > 1 else ''}"))
-        notes = ["a query's best class and its probability"]
+        notes = [f"a query's {'best class and its' if self.target is None else 'box and its'} probability"]
         if any(not self._chosen(s)[1] for s in sites):
             notes.append(f"dashed: the {pictures.FEWEST} best where none is above {pictures.THRESHOLD}")
         note = "; ".join(notes)
         if self.reading.activation == "sigmoid":
             note += f"\n{pictures.INDEPENDENT}"
-        self.key(part, entries, note)
+        self.key(part, note)
+
+
+def _entries(names: Mapping[int, str], colours: Mapping[int, str], rest: int) -> list[tuple[str, str]]:
+    found = [(shade, names[label]) for label, shade in colours.items()]
+    return [*found, (colour.OTHERS, f"{rest} other{'s' if rest > 1 else ''}")] if rest else found
 
 
 def cut(label: str, most: int = _LABEL) -> str:

@@ -2,7 +2,7 @@
 
 The page holds the table as JSON in a script element that does not run. Numbers are packed as
 integers, in ten-thousandths of a nat: negative log-probabilities, entropies and divergences
-keep four digits in a few characters; -1 stands for a missing value.
+keep four digits in a few characters; -1 stands for a missing value. Pictures are held in base64.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitlab.reading import Reading
-from logitlab.views import colour
-from logitlab.views.tokens import lens_name, model_name, site_names, verified, visible
+from logitlab.reading import Picture, Reading
+from logitlab.views import colour, pictures
+from logitlab.views.tokens import label_space, lens_name, model_name, noun, site_names, verified, visible
 
 SCALE = 10_000
 """Stored integers per nat."""
@@ -42,7 +42,8 @@ def page(reading: Reading) -> str:
 
 def embedded(reading: Reading) -> str:
     """The page in a sandboxed frame, for notebooks."""
-    height = min(300 + 23 * len(reading.sites), 860)
+    pictured = any(prompt.pictures for prompt in reading.prompts) or pictures.is_detector(reading)
+    height = 920 if pictured else min(300 + 23 * len(reading.sites), 860)
     source = html.escape(page(reading), quote=True)
     return (
         f'<iframe srcdoc="{source}" sandbox="allow-scripts" title="logitlab reading" loading="lazy" '
@@ -53,6 +54,7 @@ def embedded(reading: Reading) -> str:
 def page_data(reading: Reading) -> dict[str, Any]:
     """What the page holds, as plain values."""
     table = _Labels(reading)
+    space = label_space(reading)
     prompts = [_prompt(reading, n, table) for n in range(len(reading.prompts))]
     return {
         "model": model_name(reading),
@@ -60,7 +62,7 @@ def page_data(reading: Reading) -> dict[str, Any]:
         "verified": verified(reading),
         "sites": site_names(reading.sites),
         "siteNames": [visible(site) for site in reading.sites],
-        "targets": [visible(target.token) for target in reading.targets],
+        "targets": [visible(target.token, space=space) for target in reading.targets],
         "targetIds": [target.id for target in reading.targets],
         "labels": table.labels,
         "ids": table.ids,
@@ -69,6 +71,13 @@ def page_data(reading: Reading) -> dict[str, Any]:
         "prompts": prompts,
         "provenance": [[visible(key), visible(value, space=" ")] for key, value in _flat(reading.provenance)],
         "colours": {"light": colour.table(), "dark": colour.table(dark=True)},
+        "noun": noun(reading),
+        "independent": pictures.INDEPENDENT if reading.activation == "sigmoid" else "",
+        "categories": colour.CATEGORIES,
+        "others": colour.OTHERS,
+        "none": [i for i in table.ids if reading.space == "boxes" and reading.labels.get(i) == pictures.NO_OBJECT],
+        "threshold": pictures.THRESHOLD,
+        "fewest": pictures.FEWEST,
     }
 
 
@@ -80,7 +89,8 @@ class _Labels:
         self.order: NDArray[np.int64] = found[np.argsort(-counts, kind="stable")]
         self.order = self.order[self.order >= 0]
         self.ids: list[int] = self.order.tolist()
-        self.labels: list[str] = [visible(reading.labels.get(i, f"[{i}]")) for i in self.ids]
+        self.space = label_space(reading)
+        self.labels: list[str] = [visible(reading.labels.get(i, f"[{i}]"), space=self.space) for i in self.ids]
         self._reading = reading
         self._extra: dict[tuple[int, str], int] = {}
 
@@ -93,7 +103,7 @@ class _Labels:
         for (prompt, slot), labels in self._reading.completions.items():
             if prompt == n and slot < length:
                 for token, label in labels.items():
-                    numbers[:, slot][ids[:, slot] == token] = self._number(token, visible(label))
+                    numbers[:, slot][ids[:, slot] == token] = self._number(token, visible(label, space=self.space))
         return numbers
 
     def _number(self, token: int, label: str) -> int:
@@ -107,11 +117,12 @@ class _Labels:
 def _prompt(reading: Reading, n: int, table: _Labels) -> dict[str, Any]:
     prompt, arrays = reading.prompts[n], reading.arrays
     length = len(prompt.positions)
-    text = "".join(prompt.tokens) if prompt.text is None else prompt.text
-    held = {
-        "text": visible(text, space=" "),
+    held: dict[str, Any] = {
+        "text": visible(pictures.title(prompt), space=" "),
         "positions": list(prompt.positions),
-        "tokens": [visible(prompt.tokens[p]) for p in prompt.positions],
+        "tokens": pictures.position_names(prompt),
+        "answer": pictures.answer(prompt) if length else 0,
+        "pictures": [_picture(reading, n, picture) for picture in prompt.pictures],
         "top": table.numbers(n, length).ravel().tolist(),
         "logprob": _packed(-arrays["top_logprob"][n, :, :length]),
         "entropy": _packed(arrays["entropy"][n, :, :length]),
@@ -120,7 +131,32 @@ def _prompt(reading: Reading, n: int, table: _Labels) -> dict[str, Any]:
     if reading.targets:
         held["targetLogprob"] = _packed(-arrays["target_logprob"][n, :, :length])
         held["targetRank"] = arrays["target_rank"][n, :, :length].ravel().tolist()
+    if pictures.is_detector(reading):
+        boxes = arrays["box"][n, :, :length].astype(np.float64).ravel()
+        held["boxes"] = [round(side, 4) if np.isfinite(side) else None for side in boxes.tolist()]
+        found = [pictures.detections(reading, n, s) for s in range(len(reading.sites))] if length else []
+        if found and found[-1]:
+            held["answer"] = found[-1][0].slot
+        seen = [d.column for best in found for d in best if d.probability > pictures.THRESHOLD]
+        rest = [d.column for best in found for d in best[: pictures.FEWEST]]
+        held["palette"] = pictures.frequent([*seen, *rest], len(colour.CATEGORIES), pictures.frequent(seen, 99))
     return held
+
+
+def _picture(reading: Reading, n: int, picture: Picture) -> dict[str, Any]:
+    """A picture with its patches, and the columns whose patches have a colour of their own."""
+    prompt = reading.prompts[n]
+    patches = pictures.patches(prompt, picture)
+    ids = reading.arrays["top_id"][n, :, :, 0]
+    first = int(ids[-1, pictures.answer(prompt)]) if patches and len(ids) else -1
+    tops = ids[:, [patch.slot for patch in patches]].ravel().tolist()
+    return {
+        "png": base64.b64encode(picture.png).decode(),
+        "size": pictures.size(picture),
+        "grid": picture.grid,
+        "patches": [[patch.slot, patch.row, patch.column] for patch in patches],
+        "palette": pictures.frequent(tops, len(colour.CATEGORIES), [first]),
+    }
 
 
 def _packed(values: NDArray[Any]) -> list[int]:

@@ -82,19 +82,22 @@ def is_detector(reading: Reading) -> bool:
 
 def detections(reading: Reading, prompt: int, site: int, target: int | None = None) -> list[Detection]:
     """Every query's most likely real class at one site, or the target's probability there; the best first."""
+    arrays = reading.arrays
     found: list[Detection] = []
     for slot in range(len(reading.prompts[prompt].positions)):
-        cell = reading.cell(prompt, site, slot)
-        box = cell.box
-        if box is None or not np.isfinite(box).all():
+        where = (prompt, site, slot)
+        box = tuple(float(side) for side in arrays["box"][where])
+        if not np.isfinite(box).all():
             continue
         if target is not None:
-            wanted = reading.targets[target]
-            found.append(Detection(slot, wanted.token, wanted.id, cell.target_probabilities[target], box))
+            wanted, chance = reading.targets[target], arrays["target_logprob"][where][target]
+            found.append(Detection(slot, wanted.token, wanted.id, float(np.exp(chance)), box))
             continue
-        best = next((i for i, label in enumerate(cell.tokens) if cell.ids[i] >= 0 and label != NO_OBJECT), None)
-        if best is not None:
-            found.append(Detection(slot, cell.tokens[best], cell.ids[best], cell.probabilities[best], box))
+        for column, chance in zip(arrays["top_id"][where].tolist(), arrays["top_logprob"][where], strict=True):
+            label = NO_OBJECT if column < 0 else reading.label(column, prompt, slot)
+            if label != NO_OBJECT:
+                found.append(Detection(slot, label, column, float(np.exp(chance)), box))
+                break
     found = [d for d in found if not np.isnan(d.probability)]
     return sorted(found, key=lambda d: -d.probability)
 

@@ -334,8 +334,9 @@ class _Grid:
         if rows < len(reading.sites):
             yield Text(f"{rows} of {len(reading.sites)} sites shown", style=_DIM)
         if coloured:
+            which = "best" if pictures.is_detector(reading) else "top"
             marks = [(f" {percent(f)} ", _shade(f)) for f in (0.0, 0.25, 0.5, 0.75, 1.0)]
-            yield Text.assemble((f"shade: probability of the top {what} ", _DIM), *marks)
+            yield Text.assemble((f"shade: probability of the {which} {what} ", _DIM), *marks)
 
     def _notes(self, what: str) -> Iterator[str]:
         reading = self.reading

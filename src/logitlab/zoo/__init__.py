@@ -17,11 +17,12 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from logitlab.errors import InputError
+from logitlab.models.example import example_inputs
 
 from .overrides import REASONS, START, TASK_FIELDS
 from .shrink import shrink
 
-__all__ = ["TASKS", "CannotBuild", "Task", "build", "configure", "perturb", "types"]
+__all__ = ["TASKS", "CannotBuild", "Task", "build", "calibrate", "configure", "perturb", "types"]
 
 
 class CannotBuild(Exception):  # noqa: N818 - a verdict on a type, which a sweep counts
@@ -92,6 +93,7 @@ def build(task: str, model_type: str, seed: int = 0) -> torch.nn.Module:
             raise CannotBuild(_line(model_type, error)) from error
         model = model.float().eval()
         perturb(model)
+        calibrate(model)
     return model
 
 
@@ -156,3 +158,32 @@ def perturb(model: torch.nn.Module) -> None:
         for name, buffer in model.named_buffers():
             if buffer.is_floating_point() and name.endswith(("_bias", "running_mean")):
                 buffer.add_(torch.randn_like(buffer) * 0.3)
+
+
+def calibrate(model: torch.nn.Module) -> None:
+    """Set the statistics of batch norms, in place, to those of an example, as training does.
+
+    With their initial ones they change nothing, and through a deep network of convolutions the input is lost or grows
+    without bound. Channels are scaled together, so that one value per channel is enough.
+    """
+    norms = [
+        part for part in model.modules() if {"running_mean", "running_var"} <= {n for n, _ in part.named_buffers()}
+    ]
+    norms = [part for part in norms if not list(part.children())]
+    if not norms:
+        return
+
+    def measure(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        size = float(inputs[0].square().mean().clamp_min(1e-6))
+        norm.running_var.copy_((torch.rand_like(norm.running_var) + 0.5) * size)
+        norm.running_mean.copy_(torch.randn_like(norm.running_mean) * 0.3 * size**0.5)
+
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    try:
+        with torch.no_grad():
+            model(**example_inputs(model))
+    except Exception:  # noqa: S110 - whoever runs it will see what it is
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -13,15 +13,15 @@ from typing import Any
 _MROPE: dict[str, Any] = {  # the code's default for the sections is as long as a head of full size
     "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 24, 24]}}
 }
+_MROPE_HALF: dict[str, Any] = {
+    "text_config": {"rope_parameters": _MROPE["text_config"]["rope_parameters"] | {"partial_rotary_factor": 0.5}}
+}
 START: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "ernie4_5_vl_moe",
             "glm46v",
             "glm4v",
-            "glm4v_moe",
-            "glm_ocr",
-            "glmga",
             "hunyuan_vl",
             "paddleocr_vl",
             "qwen2_5_omni_thinker",
@@ -30,6 +30,7 @@ START: dict[str, dict[str, Any]] = {
         ),
         _MROPE,
     ),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr", "glmga"), _MROPE_HALF),
 }
 
 _BLOCKS = [
@@ -109,13 +110,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # fewer layers than factors of the patch's size need a package for their assignment
     "inkling_mm_model": {"vision_config.num_hidden_layers": 6},
-    # the encoder that takes the place of timm's has no such fields
+    # the encoder that takes the place of timm's has no such field
     "perception_lm": {"vision_config.model_args": {"embed_dim": 32}},
-    "gemma3n": {
-        "vision_config.vocab_size": 8,
-        "vision_config.vocab_offset": 262144,
-        "vision_config.rms_norm_eps": 1e-6,
-    },
     # layers of another part
     "molmo2": {"adapter_config.vision_feature_layer": [2, 1]},
     # no default, although its layers have a window
@@ -205,7 +201,7 @@ TASK_FIELDS: dict[str, dict[str, Any]] = {
     # the size of a head that a base model does without
     "ctc": {"vocab_size": 320},
     # the text goes through the layers that are only made when this is said
-    "zero-shot-image-classification": {"qformer_config.use_qformer_text_input": True},
+    "zero-shot-image-classification": {"qformer_config.use_qformer_text_input": True, "image_token_index": None},
 }
 
 # Reasons why a type cannot be made, where the library's own message does not say it.

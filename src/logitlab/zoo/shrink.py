@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import Any, cast
 
 from transformers import PreTrainedConfig, ResNetConfig, SiglipVisionConfig
-from transformers.models.auto import modeling_auto
 
 from .overrides import OVERRIDES
 
@@ -97,6 +96,12 @@ def _token(value: int, shrinker: _Shrinker) -> int:
     return shrinker.token(value)
 
 
+def _window(value: int, shrinker: _Shrinker) -> int:
+    """Two cells, which are counted in pixels where cells are merged."""
+    merged = shrinker.values.get("spatial_merge_size")
+    return min(value, 2 * PATCH * merged if isinstance(merged, int) else 2)
+
+
 def _vocabulary(value: int, _: _Shrinker) -> int:
     return min(value, VOCABULARY)
 
@@ -110,7 +115,8 @@ _INTEGERS: list[tuple[str, Rule]] = [
     (r"^(num_query_tokens|num_latents|latent_query_num)$", _at_most(QUERIES)),
     (r"^group_detr$", _at_most(2)),
     (r"^num_windows$|^num_groups$|^num_frames$|^num_filters$", _at_most(4)),
-    (r"^window_size$", _at_most(2)),
+    (r"^window_size$", _window),
+    (r"^mm_tokens_per_image$", _at_most(4)),
     (rf"{_OTHER_WIDTH}|^hidden_size_global$", _exactly(WIDTH)),
     (r"^base_channels$", _exactly(WIDTH)),
     (r"^num_embeddings$", _at_most(VOCABULARY)),
@@ -274,6 +280,8 @@ class _Shrinker:
         # What the class works out by itself is left to it, unless it comes out at the full size again.
         if self.layer_overrides:
             changed["per_layer_config"] = self._small_layer_overrides()
+        if self.head_dim != HEAD_DIM and "head_dim" not in self.values:  # checkpoints give it all the same
+            changed["head_dim"] = self.head_dim
         changed |= self.own
         try:
             result = self._make(changed)
@@ -381,6 +389,8 @@ class _Shrinker:
             ]
         if self._per_layer(value):
             return [self._small_entry(name, value[index]) for index in self.picked]
+        if name == "image_grid_pinpoints":  # high and wide of images in several crops
+            return [[self.image, self.image], [self.image, 2 * self.image]]
         if not value or not _integers(value):
             return list(value)
         if re.search(r"(image|train)_size$", name):
@@ -425,6 +435,8 @@ class _Shrinker:
                 half = int(self.head_dim * float(value.get("partial_rotary_factor", 1.0))) // 2
                 items = cast("list[Any]", entry)
                 small[key] = _sections(half) if key == "mrope_section" else items[:half]
+            elif isinstance(entry, int) and key == "original_max_position_embeddings":
+                small[key] = min(entry, POSITIONS // 2)
             else:
                 small[key] = entry
         return small
@@ -536,7 +548,7 @@ def _without_timm(config: PreTrainedConfig) -> PreTrainedConfig:
     if config.model_type == "timm_backbone":
         taps: Sequence[int] = getattr(config, "out_indices", (4,))
         return cast(Any, ResNetConfig)(out_features=[f"stage{index}" for index in taps])
-    if modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type) == "TimmWrapperModel":
+    if config.model_type == "timm_wrapper":
         return SiglipVisionConfig()
     return config
 
