@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -56,6 +56,11 @@ Width = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where to put the model, for instance cuda.")]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="auto, or JSON: module paths and devices, cpu and disk among them.")
+]
+Offload = Annotated[Path | None, typer.Option("--offload-folder", help="Folder for weights that go to disk.")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help="int8 or int4: round weights while they are read.")]
 StackName = Annotated[str | None, typer.Option("--stack", help="Which layer stack to read, by part of its path.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights (weights-only).")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
@@ -153,6 +158,9 @@ def read(
     width: Width = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: Offload = None,
+    quantize: Quantize = None,
     stack: StackName = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -169,7 +177,8 @@ def read(
         _check_output(path)
     _check_figure(figure)
     with _status("loading the model") as say:
-        handle = _load(model, dtype, device, stack, allow_pickle, trust_remote_code, say)
+        placed = _Placed(device, device_map, offload_folder, quantize)
+        handle = _load(model, dtype, placed, stack, allow_pickle, trust_remote_code, say)
         say("reading")
         from logitlab.reader import read as read_model
         from logitlab.reader import target_notes
@@ -215,6 +224,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: Offload = None,
+    quantize: Quantize = None,
     stack: StackName = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -256,7 +268,8 @@ def verify(
     ] = False,
 ) -> None:
     """Load a model and print everything that is proved about it; exit code 1 if its tail is wrong."""
-    own = (as_json, dtype != "auto", device, stack, allow_pickle, trust_remote_code, model != "default")
+    placed = _Placed(device, device_map, offload_folder, quantize)
+    own = (as_json, dtype != "auto", *placed, stack, allow_pickle, trust_remote_code, model != "default")
     sweeping = (task, types, only_slice, workers, timeout, out, page, restart, check)
     if every:
         if any(own):
@@ -269,7 +282,7 @@ def verify(
     if any(sweeping):
         raise InputError("that option belongs to logitlab verify --all: add --all")
     with _status("loading the model") as say:
-        handle = _load(model, dtype, device, stack, allow_pickle, trust_remote_code, say)
+        handle = _load(model, dtype, placed, stack, allow_pickle, trust_remote_code, say)
     record = handle.verification
     about = {
         "model": handle.name,
@@ -486,10 +499,30 @@ def _check_figure(path: Path | None) -> None:
         raise InputError("a figure needs matplotlib: pip install 'logitlab[figures]'")
 
 
+class _Placed(NamedTuple):
+    """Options about where and how weights are kept."""
+
+    device: str | None
+    device_map: str | None
+    offload_folder: Path | None
+    quantize: str | None
+
+    def options(self) -> dict[str, Any]:
+        """The same as arguments of `logitlab.load`."""
+        given = self.device_map
+        parsed: Any = given
+        if given is not None and given.lstrip().startswith("{"):
+            try:
+                parsed = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise InputError(f"--device-map is not valid JSON: {error}") from error
+        return self._asdict() | {"device_map": parsed}
+
+
 def _load(
     name: str,
     dtype: str,
-    device: str | None,
+    placed: _Placed,
     stack: str | None,
     allow_pickle: bool,
     trust_remote_code: bool,
@@ -510,10 +543,10 @@ def _load(
         return load(
             name,
             dtype=dtype,
-            device=device,
             stack=stack,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            **placed.options(),
         )
     finally:
         logging.getLogger("logitlab").removeHandler(handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 import logitlab as ll
-from logitlab.models.verify import max_difference, tolerance
+from logitlab.logits.head import Head
+from logitlab.models.tail import Tail
+from logitlab.models.verify import finite_size, max_difference, tolerance
 from tests import zoo
 
 
@@ -45,6 +48,144 @@ def test_tolerance_grows_with_the_dtype_only() -> None:
     assert tolerance(torch.float32, 30) == pytest.approx(30 * 32 * 2**-23)
     assert tolerance(torch.float64, 30) == tolerance(torch.float32, 30)
     assert tolerance(torch.bfloat16, 30) == pytest.approx(30 * (32 * 2**-23 + 2 * 2**-7))
+    assert tolerance(torch.float32, 0.1) == pytest.approx(32 * 2**-23)
+    assert tolerance(torch.float16, 0.1) == pytest.approx(32 * 2**-23 + 0.1 * 2 * 2**-10)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def half_logits(head: Head, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits as models compute them, rounded after each step; as the fast form does; and in float64."""
+    z = torch.nn.functional.linear(x, head.weight, head.bias)
+    if head.softcap is not None:
+        z = torch.tanh(z * head.scale / head.softcap) * head.softcap
+    elif head.scale != 1.0:
+        z = z * head.scale
+    if head.offset is not None:
+        z = z + head.offset
+    return z.float(), head.logits(x), head.logits(x, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [8, 64, 576, 4096])
+def test_rounding_stays_below_the_tolerance(dtype: torch.dtype, width: int) -> None:
+    """Heads with every kind of post-map, states with outliers and along rows, logits from 0.1 to 1000."""
+    generator = torch.Generator().manual_seed(width)
+    worst = 0.0
+    for size in (0.1, 1.0, 30.0, 1000.0):
+        for shape in ("random", "outlier", "along"):
+            x, w = torch.randn(24, width, generator=generator), torch.randn(300, width, generator=generator)
+            if shape == "outlier":
+                x[:, 0] *= 100
+                w[:, 0] *= 0.1
+            if shape == "along":
+                x[:8] = 3 * w[:8]
+            w, x = (w * size / (x @ w.T).abs().max()).to(dtype), x.to(dtype)
+            vector = (0.3 * size * torch.randn(300, generator=generator)).to(dtype)
+            for head in (
+                Head(w),
+                Head(w, vector),
+                Head(w, scale=0.0625),
+                Head(w, softcap=0.6 * size),
+                Head(w, vector, scale=0.25),
+                Head(w, offset=vector),
+            ):
+                own, fast, exact = half_logits(head, x)
+                added = max((float(t.abs().max()) for t in (head.bias, head.offset) if t is not None), default=0.0)
+                allowed = tolerance(dtype, max(added, finite_size(own)))
+                assert max_difference(fast, own) <= allowed, (size, shape, head.scale, head.softcap)
+                assert max_difference(fast, exact) <= tolerance(torch.float32, max(1.0, finite_size(own)))
+                worst = max(worst, max_difference(fast, own) / allowed)
+    assert worst > 0.2  # four roundings are allowed, and one or two of them happen
+
+
+def faulty(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a fault in the fast form of every model that is wrapped from now on."""
+    derive, given = Tail.derive_head, Tail.head_input
+
+    def derived(tail: Tail) -> str | None:
+        why = derive(tail)
+        if tail.head is not None:
+            changes: dict[str, Any] = {"scale": {"scale": 0.9 * tail.head.scale}, "cap": {"softcap": None}}
+            tail.head = replace(tail.head, **changes.get(kind, {}))
+        return why
+
+    monkeypatch.setattr(Tail, "derive_head", derived)
+    if kind == "norm":
+        monkeypatch.setattr(Tail, "head_input", lambda tail, hidden: given(tail, given(tail, hidden)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("norm", name) for name in ("llama", "gpt2", "gemma2", "cohere", "granite", "qwen3", "gpt_neox")),
+        *(("scale", name) for name in ("llama", "gpt2", "gemma2", "cohere", "granite", "t5", "opt", "mamba")),
+        ("cap", "gemma2"),
+    ],
+)
+def test_a_planted_fault_is_larger_than_the_tolerance(
+    kind: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty(kind, monkeypatch)
+    module = zoo.build(name).to(dtype)
+    check = ll.wrap(module).verification.fast_form
+    assert not check.holds
+    assert check.error is not None
+    assert check.tolerance is not None
+    assert check.error > 2 * check.tolerance
+
+
+def test_a_fault_in_real_states_is_seen_beside_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a norm in the tail, states 100 times as large have logits that would drown a lost bias."""
+    torch.manual_seed(0)
+    module = Small().to(torch.bfloat16)
+    with torch.no_grad():
+        module.head.bias.uniform_(-0.1, 0.1)
+    assert ll.wrap(module).verification.fast_form.holds
+    derive = Tail.derive_head
+
+    def without_bias(tail: Tail) -> str | None:
+        why = derive(tail)
+        assert tail.head is not None
+        tail.head = replace(tail.head, bias=None)
+        return why
+
+    monkeypatch.setattr(Tail, "derive_head", without_bias)
+    check = ll.wrap(module).verification.fast_form
+    assert not check.holds
+    assert check.error is not None
+    assert 0.05 < check.error < 0.15  # the bias itself
+
+
+def test_float16_overflow() -> None:
+    module = zoo.build("llama").to(torch.float16)
+    with torch.no_grad():
+        module.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(
+        ll.VerificationError,
+        match=r"not finite on a few ordinary tokens: hidden states are not, from 1.resid_post .* ends at 65504",
+    ):
+        ll.wrap(module)
+    module = zoo.build("llama").to(torch.float16)
+    with torch.no_grad():
+        module.lm_head.weight.fill_(6e4)
+    with pytest.raises(ll.VerificationError, match=r"not finite on a few ordinary tokens; float16 ends at 65504"):
+        ll.wrap(module)
+
+
+def test_states_that_overflow_are_no_test_of_the_fast_form() -> None:
+    """Mamba's norm squares in its own dtype: states 100 times as large are too much for float16."""
+    note = ll.wrap(zoo.build("mamba").to(torch.float16)).verification.fast_form
+    assert note.holds
+    assert "more are beyond what the model can compute" in note.note
+
+
+def test_eight_bit_floats_are_a_form_of_storage() -> None:
+    module = Small()
+    module.scale = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+    assert ll.wrap(module).dtype == torch.float32
 
 
 def test_max_difference() -> None:

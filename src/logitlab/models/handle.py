@@ -365,25 +365,36 @@ def _wrapped(
         tokenizer = getattr(processor, "tokenizer", None)
     template = Template.of(module, example)
     found = find_stacks(module, template)
-    candidates = _in_order(found) if stack is None else _named(stack, found.stacks)
+    if stack is not None:
+        groups = [_named(stack, found.stacks)]
+    else:
+        ordered = _in_order(found)
+        groups = [[s for s in ordered if not _is_minor(s, found)], [s for s in ordered if _is_minor(s, found)]]
     failures: list[VerificationError] = []
     whole: Model | None = None
-    for chosen in candidates:
-        tail = _tail(module, chosen, found)
-        try:
-            checked, fast = verify_tail(tail, _dtype(module))
-        except VerificationError as failure:
-            failures.append(failure)
-            continue
-        model = Model(
-            module, tokenizer, name or _name(module), template, found.stacks, chosen, tail, checked, fast, processor
-        )
-        if tail.by is not None or tail.space.per == "input" or tail.space.name == "boxes":
-            return model
-        whole = whole or model  # a stack whose rows can be decoded comes before one whose whole states can
+    for group in groups:
+        for chosen in group:
+            tail = _tail(module, chosen, found)
+            try:
+                checked, fast = verify_tail(tail, _dtype(module))
+            except VerificationError as failure:
+                failures.append(failure)
+                continue
+            title = name or _name(module)
+            model = Model(module, tokenizer, title, template, found.stacks, chosen, tail, checked, fast, processor)
+            if tail.by is not None or tail.space.per == "input" or tail.space.name == "boxes":
+                return model
+            whole = whole or model  # a stack whose rows can be decoded comes before one whose whole states can
+        if failures and whole is None:
+            break  # that a minor chain could be decoded says nothing about the model's layers
     if whole is not None:
         return whole
     raise failures[0]
+
+
+def _is_minor(stack: Stack, found: Found) -> bool:
+    """Whether a chain is too small to be the model's layers (an output head made of several, say)."""
+    return not stack.composed or 500 * stack.n_parameters < sum(s.n_parameters for s in found.stacks)
 
 
 def column_labels(module: nn.Module, space: Space, vocabulary: Vocabulary) -> Vocabulary:
@@ -409,17 +420,15 @@ def _prepares_media(tokenizer: Any) -> bool:
 def _in_order(found: Found) -> list[Stack]:
     """Stacks in the order in which they are tried: the last one before the answer first.
 
-    Very small chains (an output head made of several layers, say) come after the large ones. Of two
-    towers that are compared with each other, the one of the picture comes first.
+    Of two towers that are compared with each other, the one of the picture comes first; a single
+    block comes after a stack of several that ends later.
     """
-    total = sum(s.n_parameters for s in found.stacks)
     output = output_of(found.output)
 
     def key(stack: Stack) -> tuple[bool, bool, int]:
         pictures = output is None or not output.name.startswith("logits_per_") or _about_pictures(stack, output)
         single = len(stack) == 1 and any(len(s) > 1 and s.composed and s.end > stack.end for s in found.stacks)
-        small = 500 * stack.n_parameters < total or not stack.composed or single
-        return (small, not pictures, -stack.end)
+        return (single, not pictures, -stack.end)
 
     return sorted(found.stacks, key=key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from logitlab.models.gguf import converted
 from logitlab.models.handle import Model, wrap
 from logitlab.models.packages import PACKAGES, fetched
 from logitlab.models.template import forward_parameters
+from logitlab.models.weights import PLAIN
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _AGAIN = "download or copy it again"
@@ -84,6 +86,8 @@ def load(
     _check_device(device)
     placing = _placing(device, device_map, offload_folder)
     if quantize is not None:
+        if offload_folder is not None:
+            raise InputError("quantize and offload_folder exclude each other: what goes to disk is not quantised")
         placing["quantization_config"] = quantization(quantize)
     source, title = _resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -92,6 +96,8 @@ def load(
     if isinstance(source, Path):
         _check_folder(source, allow_pickle, trust_remote_code)
     module = _module(source, chosen_dtype, placing, allow_pickle, options)
+    if quantize is not None and not any(type(p) not in PLAIN or p.dtype.itemsize == 1 for p in module.parameters()):
+        raise ModelError(f"quantize changed no weight of {type(module).__name__}: it has no nn.Linear inside")
     if device is not None:
         module.to(device)
     return wrap(module, _tokenizer(source, options, module), name=title, stack=stack)
@@ -243,14 +249,15 @@ def quantization(kind: Any) -> Any:
     if kind not in ("int8", "int4"):
         raise InputError(f"unknown quantisation {kind!r}: use int8, int4, or a configuration of transformers")
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+        torchao: Any = import_module("torchao.quantization")
     except ImportError as error:
         raise InputError(f"quantize={kind!r} needs torchao ({_first_line(error)}): pip install torchao") from error
     from transformers import TorchAoConfig
 
     if kind == "int8":
-        return TorchAoConfig(Int8WeightOnlyConfig(version=2))
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+    four_bits = getattr(torch, "int4")  # noqa: B009 - torch's type stubs do not know it
+    return TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=torchao.PerGroup(GROUP)))
 
 
 def _placing(device: Any, device_map: Any, offload_folder: str | Path | None) -> dict[str, Any]:
@@ -269,7 +276,9 @@ def _placing(device: Any, device_map: Any, offload_folder: str | Path | None) ->
     return {"device_map": device_map} | ({} if offload_folder is None else {"offload_folder": str(offload_folder)})
 
 
-def _module(source: Path | str, dtype: Any, placing: dict[str, Any], allow_pickle: bool, options: dict[str, Any]) -> Any:
+def _module(
+    source: Path | str, dtype: Any, placing: dict[str, Any], allow_pickle: bool, options: dict[str, Any]
+) -> Any:
     config = _guarded(source, lambda: _auto_config(source, options))
     model_class = _model_class(config, options["trust_remote_code"])
     more = dict(placing)
@@ -288,7 +297,15 @@ def _module(source: Path | str, dtype: Any, placing: dict[str, Any], allow_pickl
             **options,
         )
 
-    module, info = _guarded(source, read)
+    try:
+        module, info = _guarded(source, read)
+    except ModelError as error:
+        if "quantization_config" not in placing:
+            raise
+        raise ModelError(
+            f"{source} cannot be loaded quantised ({_first_line(error.__cause__ or error)[:200]}); int4 needs widths "
+            f"that are multiples of {GROUP}, int8 takes any"
+        ) from error
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
     if missing or mismatched:

@@ -155,14 +155,27 @@ class Verification:
 
 
 def tolerance(dtype: torch.dtype, size: float) -> float:
-    """Largest difference that rounding explains between two ways of computing logits of this size.
+    """Largest difference that rounding explains between two ways of computing numbers of this size.
 
-    Two float32 sums in different orders (32 units in the last place of the largest logit covers
-    widths of many thousands), and one more rounding each where the model's own numbers are coarser.
+    Both ways start from the same numbers in the model's dtype and sum in float32; what can differ is:
+
+    * The order of a float32 sum. For d terms the errors grow like sqrt(d), about ``0.2 sqrt(d)`` units of
+      2**-24 of the largest logit: 32 units of 2**-23 cover widths of many thousands. Below a size of 1
+      the allowance stays what it is at 1, since terms that cancel are larger than what they leave.
+    * Where the dtype is coarser, each step of the model ends in a rounding of at most ``u`` times the
+      size (u = eps / 2, half a unit in the last place), and the other way does none of them. A head has
+      at most four: product, then scale (or bias and offset) or the division, tanh and product of a
+      soft-cap. That a tanh is bent only makes what was rounded before it smaller. Four times u is 2 eps.
+
+    The product of one normed state is never rounded twice: the norm is the model's own in both ways.
+
+    Args:
+        dtype: the coarsest dtype in which the model computes.
+        size: largest absolute value that takes part.
     """
     single = torch.finfo(torch.float32).eps
     own = torch.finfo(dtype).eps if dtype.is_floating_point else single
-    return max(1.0, size) * (32 * single + (2 * own if own > single else 0.0))
+    return 32 * single * max(1.0, size) + (2 * own * size if own > single else 0.0)
 
 
 def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
@@ -188,10 +201,12 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
     assert own is not None
     truth = own.flat
     name = "tail(last hidden state) = the model's logits"
-    if not bool(torch.isfinite(truth).any()):
+    if not bool(torch.isfinite(truth).any()) or bool((torch.isnan(truth) | (truth == torch.inf)).any()):
+        remedy = "load it in float32, or look at its weights"
+        if dtype == torch.float16:
+            remedy = "float16 ends at 65504: load it in bfloat16 or float32"
         raise VerificationError(
-            f"the model's own logits are not finite on a few ordinary tokens{_first_not_finite(tail)}; "
-            "load it in float32, or look at its weights"
+            f"the model's own logits are not finite on a few ordinary tokens{_first_not_finite(tail)}; {remedy}"
         )
     allowed = tolerance(dtype, finite_size(truth))
     try:
@@ -343,15 +358,25 @@ def _verify_fast_form(
     if tail.head is None:
         return Check(name, False, None, None, f"{why}; the tail itself is used")
     rows = _random_hidden(hidden, tail.head)
-    by_tail = torch.cat([decoded, tail.logits(rows).to(decoded.device)])
+    by_tail = tail.logits(rows).to(decoded.device)
+    within = torch.isfinite(by_tail).all(1)  # float16 ends at 65504; beyond it there is nothing to compare with
+    rows, by_tail = rows[within.to(rows.device)], torch.cat([decoded, by_tail[within]])
     by_head = tail.head.logits(tail.head_input(torch.cat([hidden, rows.to(hidden)]))).to(decoded.device)
+    added = max((finite_size(t) for t in (tail.head.bias, tail.head.offset) if t is not None), default=0.0)
+    # Real states are judged by themselves too: beside much larger ones a fault in them would look like rounding.
     ordinary = max_difference(by_head[: len(truth)], truth)
+    usual = tolerance(dtype, max(added, finite_size(truth)))
     error = max(max_difference(by_head, by_tail), ordinary)
-    allowed = tolerance(dtype, finite_size(by_tail))
+    allowed = tolerance(dtype, max(added, finite_size(by_tail)))
+    if not ordinary <= usual:
+        tail.drop_head()
+        return Check(name, False, ordinary, usual, "the tail itself is used")
     if not error <= allowed:
         tail.drop_head()
         return Check(name, False, error, allowed, "the tail itself is used")
     tested = f"tested on {len(by_tail)} hidden states up to 100 times as large as real ones"
+    if not bool(within.all()):
+        tested += f"; {int((~within).sum())} more are beyond what the model can compute"
     return Check(name, True, error, allowed, tested, ordinary)
 
 
@@ -364,7 +389,8 @@ def _random_hidden(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     if head.weight.shape[1] == hidden.shape[1]:
         along = head.weight[torch.linspace(0, head.vocab_size - 1, 4).long().to(head.weight.device)].float().cpu()
         rows = torch.cat([rows, 100 * size * along / along.std().clamp_min(1e-6)])
-    return rows.to(hidden)
+    most = torch.finfo(hidden.dtype).max
+    return rows.clamp(-most, most).to(hidden)
 
 
 def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
