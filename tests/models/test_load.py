@@ -135,9 +135,9 @@ def test_unknown_model_types(folder: Path, kind: Any) -> None:
     )
 
 
-def test_a_type_without_an_output_over_a_vocabulary(folder: Path) -> None:
-    assert told(configured(folder, model_type="vit", architectures=["ViTModel"])) == (
-        "transformers has no model of type 'vit' with an output over a vocabulary"
+def test_a_type_without_an_output(folder: Path) -> None:
+    assert told(configured(folder, model_type="vitdet", architectures=["VitDetModel"])) == (
+        "transformers has no model of type 'vitdet' that gives logits (a vocabulary, classes, boxes)"
     )
 
 

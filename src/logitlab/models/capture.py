@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -353,20 +354,25 @@ def _attach(model: Model, keys: Sequence[tuple[int, str]], keep: Callable[..., N
             _attach_block(model, layers, wanted, keep, taps)
 
 
+OTHER = -1
+"""Stands for a call of a block's module that is not part of the stack."""
+
+
 def _attach_block(
     model: Model, layers: list[int], wanted: dict[int, list[str]], keep: Callable[..., None], taps: Taps
 ) -> None:
     module = model.stack.blocks[layers[0]].module
-    upcoming = iter(layers)
-    current = [layers[0]]
+    layer_of = {model.stack.blocks[layer].call: layer for layer in layers}
+    calls = count()
+    current = [OTHER]
 
     def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[0] = next(upcoming)
-        if "resid_pre" in wanted[current[0]]:
+        current[0] = layer_of.get(next(calls), OTHER)  # a module may also be called outside of the stack
+        if "resid_pre" in wanted.get(current[0], ()):
             keep((current[0], "resid_pre"), hidden_input(args, kwargs))
 
     def leave(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if "resid_post" in wanted[current[0]]:
+        if "resid_post" in wanted.get(current[0], ()):
             keep((current[0], "resid_post"), first_tensor(output))
 
     taps.before(module, enter)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logitlab.models.hooks import Taps, first_tensor, hidden_input, with_hidden
+from logitlab.models.hooks import FORWARD_ERRORS, Taps, first_tensor, hidden_input, with_hidden
 from logitlab.models.stack import Block, Stack
 from logitlab.models.template import Template
 
@@ -163,6 +163,10 @@ def decompose(module: nn.Module, stack: Stack, template: Template) -> list[Block
     """
     if len(stack.layout.order) != 3 or not stack.enters_alike:
         return [_refused("states of this form are not taken apart") for _ in stack.blocks]
+    if stack.positions < 2:
+        return [
+            _refused("the example has one position only, so what mixes positions cannot be told") for _ in stack.blocks
+        ]
     kinds: dict[Any, list[str] | str] = {}
     return [_block_parts(record, block, kinds) for record, block in _records(module, stack, template)]
 
@@ -172,20 +176,26 @@ def _records(module: nn.Module, stack: Stack, template: Template) -> list[tuple[
     finished: list[tuple[_Record, Block]] = []
     mode = _Additions()
     current: dict[str, Any] = {}
-    blocks = iter(stack.blocks)
+    blocks = {(id(b.module), b.call): b for b in stack.blocks}
+    calls: Counter[int] = Counter()
 
     def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        block = blocks.get((id(owner), calls[id(owner)]))
+        calls[id(owner)] += 1
         given = hidden_input(args, kwargs)
-        assert given is not None
+        if block is None or given is None:
+            return  # a call of the module outside of the stack
         mode.adds, mode.split = [], []
-        current.update(args=args, kwargs=kwargs, entering=given.clone(), outputs=[])
+        current.update(block=block, args=args, kwargs=kwargs, entering=given.clone(), outputs=[])
         mode.active = True
 
     def leave(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         mode.active = False
         left = first_tensor(output)
-        assert left is not None
-        finished.append((_Record(leaving=left.clone(), adds=mode.adds, split=mode.split, **current), next(blocks)))
+        if "block" not in current or left is None:
+            return
+        block: Block = current.pop("block")
+        finished.append((_Record(leaving=left.clone(), adds=mode.adds, split=mode.split, **current), block))
         current.clear()
 
     with Taps() as taps:
@@ -227,7 +237,10 @@ def _block_parts(record: _Record, block: Block, cache: dict[Any, list[str] | str
         return _refused("a term of the residual sum is not a multiple of one module's output")
     key = (type(block.module), tuple((type(source.module), source.path) for source in known))
     if key not in cache:
-        cache[key] = _kinds(record, block, known)
+        try:
+            cache[key] = _kinds(record, block, known)
+        except FORWARD_ERRORS as error:  # a block that cannot be called by itself
+            cache[key] = f"a block cannot be called again by itself ({type(error).__name__})"
     kinds = cache[key]
     if isinstance(kinds, str):
         return _refused(kinds)
@@ -363,6 +376,8 @@ def _rerun(
     """Call one block again with changed inputs, some components held at what they were."""
 
     def changed(value: Any) -> Any:
+        if hasattr(value, "get_seq_length"):
+            return None  # a cache that the recorded call has filled already
         return change(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     seen: list[torch.Tensor] = []

@@ -18,8 +18,8 @@ from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.models.decompose import BlockParts, decompose
 from logitlab.models.encoder import Encoder
 from logitlab.models.inputs import Encoded
-from logitlab.models.sites import INDEXED_KINDS, Site, SiteSpec, normalise_request, select_layers
 from logitlab.models.output import Output, Space, output_of, space_of
+from logitlab.models.sites import INDEXED_KINDS, Site, SiteSpec, normalise_request, select_layers
 from logitlab.models.stack import Found, Stack, find_stacks
 from logitlab.models.tail import Tail
 from logitlab.models.template import Template, device_of, forward_parameters

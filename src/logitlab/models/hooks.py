@@ -8,8 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from logitlab.errors import ModelError
+
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+FORWARD_ERRORS = (
+    ModelError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What a model's own code raises on inputs that it was not made for."""
 
 
 class StopForward(BaseException):

@@ -10,7 +10,7 @@ shape are taken.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -154,14 +154,24 @@ def find_stacks(module: nn.Module, template: Template) -> Found:
             f"{type(module).__name__} returns no logits; load the class that carries the output head "
             "(for instance AutoModelForCausalLM instead of AutoModel)"
         )
-    calls = [call for call in trace.calls if call.container is not None]
-    stacks = _stacks_from(calls, template.lengths)
+    calls = sorted((call for call in trace.calls if call.container is not None), key=lambda c: c.start)
+    stacks = _stacks_from(calls, template.lengths, _numbered(calls))
     if not stacks:
         raise ModelError(f"{type(module).__name__} has no chain of blocks of one width that logitlab could find")
     return Found(tuple(sorted(stacks, key=lambda s: s.n_parameters, reverse=True)), copied(output), trace, template)
 
 
-def _stacks_from(calls: Sequence[Call], lengths: Iterable[int]) -> list[Stack]:
+def _numbered(calls: Sequence[Call]) -> dict[int, int]:
+    """By call, how many calls of its module came before it."""
+    counts: dict[int, int] = defaultdict(int)
+    numbers: dict[int, int] = {}
+    for call in calls:
+        numbers[id(call)] = counts[id(call.module)]
+        counts[id(call.module)] += 1
+    return numbers
+
+
+def _stacks_from(calls: Sequence[Call], lengths: Iterable[int], numbers: Mapping[int, int]) -> list[Stack]:
     """Stacks among calls of containers' children; inner calls count where the outer ones are no chain."""
     stacks: list[Stack] = []
     outer = _outermost(calls)
@@ -172,13 +182,13 @@ def _stacks_from(calls: Sequence[Call], lengths: Iterable[int]) -> list[Stack]:
     for name, group in groups.items():
         runs = [run for run in _runs(group) if _is_chain(run)]
         inner = [c for c in calls for o in group if o.start < c.start and c.end < o.end]
-        if max(map(len, runs), default=0) < 2 and len(group) > 1 or not runs:
-            found = _stacks_from(inner, lengths)
+        if (max(map(len, runs), default=0) < 2 and len(group) > 1) or not runs:
+            found = _stacks_from(inner, lengths, numbers)
             if found:
                 stacks += found
                 continue
         for run in runs:
-            stack = _stack(name if len(runs) == 1 else f"{name}[{_span(run)}]", run, lengths)
+            stack = _stack(name if len(runs) == 1 else f"{name}[{_span(run)}]", run, lengths, numbers)
             if stack is not None:
                 stacks.append(stack)
     return stacks
@@ -218,18 +228,14 @@ def _is_chain(run: Sequence[Call]) -> bool:
     return any(True for c in run for _ in c.module.parameters())
 
 
-def _stack(name: str, run: Sequence[Call], lengths: Iterable[int]) -> Stack | None:
+def _stack(name: str, run: Sequence[Call], lengths: Iterable[int], numbers: Mapping[int, int]) -> Stack | None:
     states = [(c.entering, first_tensor(c.output)) for c in run]
     last = states[-1][1]
     assert last is not None
     layout = find_layout(last.shape, lengths, run[-1].module)
     if layout is None or layout.batch_size(last.shape) > MOST_BATCH:
         return None
-    counts: dict[int, int] = defaultdict(int)
-    blocks: list[Block] = []
-    for call in run:
-        blocks.append(Block(call.module, call.path, counts[id(call.module)]))
-        counts[id(call.module)] += 1
+    blocks = [Block(call.module, call.path, numbers[id(call)]) for call in run]
     links = [_same(left, right) for (_, left), (right, _) in pairwise(states)]
     outputs = tuple(c.output for c in run)
     entering = states[0][0]

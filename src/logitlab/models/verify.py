@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from logitlab.errors import ModelError, VerificationError
+from logitlab.errors import VerificationError
 from logitlab.logits.head import Head
 from logitlab.models.decompose import BlockParts
-from logitlab.models.hooks import first_tensor
+from logitlab.models.hooks import FORWARD_ERRORS, first_tensor
 from logitlab.models.output import Output, output_of
 from logitlab.models.tail import Tail
 from logitlab.models.trace import Run, rebuilt
@@ -211,7 +211,7 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
     allowed = tolerance(dtype, finite_size(truth))
     try:
         replayed = tail.output(last).flat
-    except _FORWARD_ERRORS as failure:
+    except FORWARD_ERRORS as failure:
         raise VerificationError(
             f"{tail.stack.name} cannot be short-circuited: the model stops with {type(failure).__name__}: "
             f"{' '.join(str(failure).split())[:200]}"
@@ -282,7 +282,7 @@ def _agrees(tail: Tail, by: str, rows: torch.Tensor, truth: torch.Tensor, allowe
     try:
         decoded = tail.logits(rows)
         fine = decoded.shape == truth.shape and max_difference(decoded, truth.to(decoded.device)) <= allowed
-    except _FORWARD_ERRORS:  # a model that cannot run on such inputs is decoded in another way
+    except FORWARD_ERRORS:  # a model that cannot run on such inputs is decoded in another way
         fine = False
     if not fine:
         tail.by = None
@@ -301,7 +301,7 @@ def _batch_agrees(tail: Tail, rows: torch.Tensor, allowed: float) -> bool:
         together = tail.decode_states(states)
         tail.batched = False
         singly = tail.decode_states(states)
-    except _FORWARD_ERRORS:
+    except FORWARD_ERRORS:
         tail.batched = False
         return False
     return together.shape == singly.shape and max_difference(together, singly) <= allowed
@@ -324,21 +324,8 @@ def _alone(tail: Tail, last: torch.Tensor, own: Output, allowed: float) -> bool:
     )
     try:
         return max_difference(tail.output(last, noisy).flat, own.flat) <= allowed
-    except _FORWARD_ERRORS:
+    except FORWARD_ERRORS:
         return False
-
-
-_FORWARD_ERRORS = (
-    ModelError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-)
-"""What a model's own code raises on inputs that it was not made for."""
 
 
 def _first_not_finite(tail: Tail) -> str:
