@@ -12,6 +12,9 @@ How examples are written, on every page in `PAGES`:
   the page shows it. They run in this process at 88 columns and have to exit with 0, or with the N of
   a comment ``<!-- exit N -->`` before the block. ``< FILE`` gives a command its standard input.
 * ``<!-- not run -->`` before a block leaves it out: it needs a network, or another program.
+* ``<!-- needs NAME ... -->`` before a block leaves it to ``pytest -m packages``, which runs it if all that
+  it names is there: models that ``logitlab fetch`` knows, sample images, or programs. Before the first block,
+  ``<!-- page needs NAME ... -->`` says so for all blocks of the page.
 
 When values are compared, ``...`` stands for anything, and runs of white space are equal. A number
 with a decimal point may differ by one unit of its last digit. A number in exponent form is a
@@ -26,6 +29,7 @@ import ast
 import io
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -40,12 +44,21 @@ import pytest
 import logitlab as ll
 from logitlab import cli
 from logitlab.models import load as loading
+from logitlab.models.cache import cache_folder
+from logitlab.models.packages import PACKAGES, fetched
+from logitlab.models.samples import IMAGES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "real").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+]
 
 _FENCE = re.compile(r"^(?P<indent>[ \t]*)```(?P<language>\w*)")
-_MARK = re.compile(r"<!-- (not run|exit \d+) -->")
+_MARK = re.compile(r"<!-- (not run|exit \d+|needs [^>]+) -->")
+_PAGE_NEEDS = re.compile(r"^<!-- page needs ([^>]+) -->$", re.MULTILINE)
 _EXPECTATION = re.compile(r"#\s*(->|raises)\s(.*)$")
 _NUMBER = r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)"
 
@@ -58,12 +71,15 @@ class Block:
     line: int
     text: str
     mark: str
+    needs: tuple[str, ...] = ()
 
 
 def blocks_of(page: Path) -> list[Block]:
     """The python and console blocks of a page."""
     found: list[Block] = []
-    lines = page.read_text(encoding="utf-8").splitlines()
+    text = page.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    always = tuple(name for names in _PAGE_NEEDS.findall(text) for name in names.split())
     i, mark = 0, ""
     while i < len(lines):
         fence = _FENCE.match(lines[i])
@@ -76,7 +92,8 @@ def blocks_of(page: Path) -> list[Block]:
         if fence["language"] in ("python", "console", "pycon"):
             assert not fence["indent"], f"{page.name}:{i + 1}: an indented block would not be run"
             assert fence["language"] != "pycon", f"{page.name}:{i + 1}: write python blocks with `# -> value`"
-            found.append(Block(fence["language"], i + 2, "\n".join(lines[i + 1 : end]), mark))
+            own = tuple(mark.split()[1:]) if mark.startswith("needs ") else ()
+            found.append(Block(fence["language"], i + 2, "\n".join(lines[i + 1 : end]), mark, always + own))
         i, mark = end + 1, ""
     return found
 
@@ -201,16 +218,15 @@ def one_default_model(default_model: ll.Model, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ll, "load", load)
 
 
-@pytest.mark.usefixtures("one_default_model")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run_page(page: Path, blocks: list[Block], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run blocks of a page, in order and in one namespace; all that is not as shown is one failure."""
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "88")
     module = ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     namespace = vars(module)
     problems: list[str] = []
-    for block in blocks_of(page):
+    for block in blocks:
         if block.mark == "not run":
             continue
         if block.language == "python":
@@ -218,6 +234,35 @@ def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         else:
             problems += run_console(block, page, monkeypatch)
     assert not problems, "\n\n".join(problems)
+
+
+def is_there(name: str) -> bool:
+    """Whether a fetched model, a sample image or a program is there; nothing is downloaded."""
+    if name in PACKAGES:
+        return fetched(name) is not None
+    if name in IMAGES:
+        return (cache_folder() / "samples" / Path(IMAGES[name][1]).name).is_file()
+    return shutil.which(name) is not None
+
+
+@pytest.mark.usefixtures("one_default_model")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page(page, [block for block in blocks_of(page) if not block.needs], tmp_path, monkeypatch)
+
+
+@pytest.mark.packages
+@pytest.mark.usefixtures("one_default_model")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.needs for block in blocks_of(page))], ids=lambda page: page.name
+)
+def test_examples_of_fetched_models(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = blocks_of(page)
+    missing = sorted({name for block in blocks for name in block.needs if not is_there(name)})
+    blocks = [block for block in blocks if all(map(is_there, block.needs))]
+    if not any(block.needs for block in blocks):
+        pytest.skip(f"not there: {', '.join(missing)}")
+    run_page(page, blocks, tmp_path, monkeypatch)
 
 
 # -- the pages themselves ----------------------------------------------------------------------
@@ -231,7 +276,9 @@ def test_every_public_name_has_an_entry() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [p.name for p in (ROOT / "docs").glob("*.md") if f" {p.name}" not in nav] == []
+    docs = ROOT / "docs"
+    names = [p.relative_to(docs).as_posix() for p in docs.rglob("*.md")]
+    assert [name for name in names if f" {name}" not in nav] == []
 
 
 # -- the comparison ----------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, tail: float | None, fast: float | 
     changed = replace(
         record,
         tail=replace(record.tail, error=tail),
-        fast_form=replace(record.fast_form, error=fast, holds=holds),
+        fast_form=replace(record.fast_form, error=fast, ordinary=fast, holds=holds),
     )
     monkeypatch.setattr(model, "verification", changed)
     monkeypatch.setattr(ll, "wrap", lambda _: model)

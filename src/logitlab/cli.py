@@ -532,6 +532,8 @@ def _load(
     logging.getLogger("logitlab").addHandler(handler)
     logging.getLogger("logitlab").setLevel(logging.INFO)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the status line says what is going on
+    for name_of_logger in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
     try:
         from transformers.utils import logging as transformers_logging
 

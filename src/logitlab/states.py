@@ -216,6 +216,8 @@ def _statistics(
 
 
 def _pictures(model: Model, prompt: Encoded, run: Run, grids: Sequence[Grid]) -> tuple[Picture, ...]:
+    if model.tail.texts:  # the pixels are those of the concepts
+        return ()
     return pictures_of(model, prompt, grids, run.inputs.get("pixel_values"))
 
 

@@ -21,7 +21,6 @@ AROUND = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": 
 BLOCKS = AROUND | {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"}
 HEAD = AROUND | {"model.layers": "cpu", "lm_head": "disk"}
 ALL = {"": "disk"}
-BART = {"model": "cpu", "final_logits_bias": "cpu", "lm_head": "disk", "model.shared": "disk"}
 
 
 def same(reading: ll.Reading, other: ll.Reading) -> None:
@@ -66,17 +65,14 @@ def test_bfloat16_and_several_prompts(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_other_tails(tmp_path: Path) -> None:
-    """A soft-cap, and a bias of the whole output, with the head on disk."""
+    """A soft-cap, and maps that keep their weights as [in, out]."""
     folder = zoo.save(tmp_path / "gemma", "gemma2")
     parted = ll.load(folder, device_map=ALL, offload_folder=tmp_path / "off")
     assert parted.verification.head == "linear 32 -> 300, soft-cap 2"
     same(ll.read(parted, TEXT), ll.read(ll.load(folder), TEXT))
-    folder = zoo.save(tmp_path / "bart", "bart")
-    whole = ll.load(folder)
-    parted = ll.load(folder, device_map=BART, offload_folder=tmp_path / "off2")
-    assert parted.verification.head == whole.verification.head
-    assert "offset" in str(parted.verification.head)
-    same(ll.read(parted, TEXT, decoder="Once"), ll.read(whole, TEXT, decoder="Once"))
+    folder = zoo.save(tmp_path / "gpt2", "gpt2")
+    parted = ll.load(folder, device_map=ALL, offload_folder=tmp_path / "off2")
+    same(ll.read(parted, TEXT), ll.read(ll.load(folder), TEXT))
 
 
 def test_a_model_that_its_owner_has_off_loaded(tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def assert_last_site_is(own: torch.Tensor, model: ll.Model, atol: float) -> None
 def test_load_quantised(folder: Path, kind: str, most: float, dtype: str) -> None:
     torchao()
     plain, model = ll.load(folder, dtype=dtype), ll.load(folder, dtype=dtype, quantize=configured(kind))
-    inside = [type(m.weight) for m in model.module.modules() if isinstance(m, torch.nn.Linear)]
+    module: Any = model.module
+    inside = [type(m.weight) for m in module.modules() if isinstance(m, torch.nn.Linear)]
     assert inside.count(torch.nn.Parameter) == 1  # the head
-    assert type(model.module.lm_head.weight) is torch.nn.Parameter
+    assert type(module.lm_head.weight) is torch.nn.Parameter
     assert model.dtype == plain.dtype == getattr(torch, dtype)
     record = model.verification
     assert record.tail.error == 0.0
@@ -78,7 +79,8 @@ def test_load_quantised(folder: Path, kind: str, most: float, dtype: str) -> Non
 def test_a_saved_quantised_folder_loads(folder: Path, tmp_path: Path, kind: str) -> None:
     torchao()
     model = ll.load(folder, quantize=configured(kind))
-    model.module.save_pretrained(tmp_path)
+    module: Any = model.module
+    module.save_pretrained(tmp_path)
     zoo.tokenizer().save_pretrained(tmp_path)
     again = ll.load(tmp_path)
     assert torch.equal(own_logprobs(again), own_logprobs(model))
@@ -130,8 +132,8 @@ def test_a_head_that_rounds_its_input_has_no_fast_form() -> None:
 def test_parts_of_quantised_blocks(folder: Path) -> None:
     torchao()
     record = ll.load(folder, quantize="int8").verification
-    assert set(record.offered) == {"resid_pre", "resid_post"}
-    assert "its weights cannot be taken apart" in record.refused["attn_out"]
+    assert set(record.offered) == {"resid_pre", "resid_post", "attn_out", "mlp_out", "head_out", "neuron"}
+    assert all(check.holds for check in record.decompositions)
 
 
 def test_int4_needs_multiples_of_32(checkpoint: Path) -> None:
@@ -221,6 +223,37 @@ def test_any_tensor_that_can_be_dequantised(llama: ll.Model) -> None:
     assert model.fingerprint != before
 
 
+# -- GGUF --------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has the values that the file stands for, by gguf's own dequantisation."""
+    gguf = pytest.importorskip("gguf", reason="GGUF files need gguf and accelerate")
+    from tests import tiny_gguf
+
+    monkeypatch.setenv("LOGITLAB_CACHE", str(tmp_path / "cache"))
+    kind, add = gguf.GGMLQuantizationType.Q8_0, gguf.GGUFWriter.add_tensor
+    rounded: dict[str, Any] = {}
+
+    def quantised(writer: Any, name: str, values: Any) -> None:
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            packed = gguf.quants.quantize(values, kind)
+            rounded[name] = gguf.quants.dequantize(packed, kind)
+            add(writer, name, packed, raw_dtype=kind)
+        else:
+            add(writer, name, values)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", quantised)
+    source = tiny_gguf.write(tmp_path / "tiny.gguf")
+    model = ll.load(tmp_path / "tiny.gguf")
+    mine, own = model.module.state_dict(), source.state_dict()
+    for name, ours in {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}.items():
+        np.testing.assert_array_equal(mine[ours], rounded[name])
+        assert 0 < float((mine[ours] - own[ours]).abs().max()) <= float(own[ours].abs().max()) / 127
+    assert model.verification.fast_form.holds
+    assert_last_site_is(own_logprobs(model), model, 1e-5)
+
+
 # -- the default model -------------------------------------------------------------------------
 
 
@@ -230,7 +263,7 @@ def test_the_default_model_in_8_bits(default_model: ll.Model) -> None:
     model = ll.load("default", quantize="int8")
     text = TEXT
     plain, rounded = (ll.read(m, text, target=" Paris") for m in (default_model, model))
-    assert rounded.at(position=-1).rows()[-1]["top"][0] == " Paris"
+    assert [*rounded.at(position=-1).rows()][-1]["top"][0] == " Paris"
     p, q = (r.arrays["top_id"][0, :, :, 0] for r in (plain, rounded))
     a, b = (r.arrays["target_logprob"][0, :, :, 0] for r in (plain, rounded))
     same, last = float((p == q).mean()), float((p[-1] == q[-1]).mean())

@@ -113,7 +113,11 @@ def faulty(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tail, "derive_head", derived)
     if kind == "norm":
-        monkeypatch.setattr(Tail, "head_input", lambda tail, hidden: given(tail, given(tail, hidden)))
+
+        def twice(tail: Tail, hidden: torch.Tensor) -> torch.Tensor:
+            return given(tail, given(tail, hidden))
+
+        monkeypatch.setattr(Tail, "head_input", twice)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -45,12 +45,12 @@ def independent(
     flat = ranked.reshape(-1, z.shape[-1])
     order = in_order(flat, torch.arange(z.shape[-1], device=z.device).expand_as(flat))
     top = order[:, : min(top_k, columns)].reshape(*z.shape[:-1], -1)
-    entropy = -(yes.exp() * yes + no.exp() * no).sum(-1)
+    entropy = -(_weighted(yes, yes) + _weighted(no, no)).sum(-1)
     kl = None
     if reference is not None:
         r = reference.double()
         r_yes, r_no = F.logsigmoid(r), F.logsigmoid(-r)
-        kl = (r_yes.exp() * (r_yes - yes) + r_no.exp() * (r_no - no)).sum(-1).clamp_min(0)
+        kl = (_weighted(r_yes, r_yes - yes) + _weighted(r_no, r_no - no)).sum(-1).clamp_min(0)
     target_logprob = target_rank = None
     if targets is not None:
         ids = targets.to(z.device)
@@ -63,3 +63,9 @@ def independent(
         )
         target_rank = 1 + before.sum(-1)
     return Statistics(top, yes.gather(-1, top), torch.logsumexp(z, -1), entropy, target_logprob, target_rank, kl)
+
+
+def _weighted(log_p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values times probabilities; what has no probability counts for nothing, also where it is infinite."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * values)

@@ -295,13 +295,14 @@ def by_tokens(model: Model, prompts: Sequence[Encoded]) -> bool:
 
 def _need_tokens(model: Model, prompts: Sequence[Encoded]) -> None:
     if not by_tokens(model, prompts):
-        raise InputError(f"capture() is for models that are read token by token; use logitlab.states for {model.name}")
+        raise InputError(f"capture() is for models that are read token by token; use logitlab.read for {model.name}")
 
 
 def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, dict[tuple[int, str], torch.Tensor]]:
     """One recorded forward pass over one prompt, and all states of some sites, [batch x positions, width] each.
 
     Raises:
+        InputError: the model does not run on this input (a picture of another size, for instance).
         ModelError: the pass goes another way than on the template, or a site has states of another shape.
     """
     keys = list(dict.fromkeys((site.layer, site.kind) for site in sites))
@@ -319,8 +320,15 @@ def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, d
         trace = Trace(model.module, within=stack.container)
         trace.attach(taps)
         _attach(model, keys, keep, taps)
-        with torch.no_grad():
-            output = model.module(**inputs)
+        try:
+            with torch.no_grad():
+                output = model.module(**inputs)
+        except Exception as error:  # a model's code can raise anything; the reason is passed on
+            sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
+            raise InputError(
+                f"{model.name} does not run on this input ({sizes}): {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
     missing = [key for key in keys if key not in found]
     calls = [[c for c in trace.calls if c.path == path] for path in dict.fromkeys(b.path for b in stack.blocks)]
     by_path = {c[0].path: c for c in calls if c}

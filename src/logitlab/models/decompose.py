@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from logitlab.errors import ModelError
 from logitlab.models.hooks import FORWARD_ERRORS, Taps, first_tensor, hidden_input, with_hidden
 from logitlab.models.stack import Block, Stack
 from logitlab.models.template import Template
+from logitlab.models.weights import dense
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Projection:
 
     def matrix(self) -> torch.Tensor:
         """The scaled map as [inputs, width] float32; row ``i`` is the value vector of input ``i``."""
-        weight = cast(torch.Tensor, self.module.weight).detach()
+        weight = dense(self.module)
+        if weight is None:
+            raise ModelError(f"the weights at {self.path} cannot be had as plain numbers")
         return (weight if self.transposed else weight.T).float() * self.scale
 
     def expand(self, given: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
@@ -406,10 +410,10 @@ def _linear_source(term: torch.Tensor, record: _Record) -> tuple[_Output, float,
     flat = term.double().reshape(-1)
     tolerance = 64 * torch.finfo(term.dtype).eps * float(flat.abs().max())
     for output in reversed(record.outputs):
-        weight: Any = getattr(output.module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or output.given is None:
+        if output.given is None or output.out.numel() != flat.numel():
             continue
-        if output.out.numel() != flat.numel() or not weight.is_floating_point() or weight.device.type == "meta":
+        weight = dense(output.module)
+        if weight is None or weight.ndim != 2:
             continue
         out = output.out.double().reshape(-1)
         scale = float(flat @ out) / max(float(out @ out), 1e-300)
@@ -417,12 +421,12 @@ def _linear_source(term: torch.Tensor, record: _Record) -> tuple[_Output, float,
         if float((flat - scale * out).abs().max()) > tolerance:
             continue
         given = output.given.double().reshape(-1, output.given.shape[-1])
-        bias: Any = getattr(output.module, "bias", None)
+        bias = dense(output.module, "bias")
         for transposed in (False, True):
-            matrix = weight.detach().double() if transposed else weight.detach().double().T
+            matrix = weight.double() if transposed else weight.double().T
             if matrix.shape[0] != given.shape[1]:
                 continue
-            value = given @ matrix + (0 if bias is None else bias.detach().double())
+            value = given @ matrix + (0 if bias is None else bias.double())
             if value.numel() != flat.numel():
                 continue
             error = float((scale * value.reshape(-1) - flat).abs().max())
@@ -466,7 +470,7 @@ def _sum_error(projection: Projection, output: _Output, term: torch.Tensor) -> f
     assert output.given is not None
     given = output.given.reshape(-1, output.given.shape[-1])
     total = projection.expand(given, range(projection.parts)).sum(1)
-    bias: Any = getattr(projection.module, "bias", None)
+    bias = dense(projection.module, "bias")
     if bias is not None:
-        total = total + bias.detach().float() * projection.scale
+        total = total + bias.float() * projection.scale
     return float((total - term.reshape(total.shape).float()).abs().max())

@@ -35,7 +35,11 @@ class Encoder:
         if concepts is not None:
             raise InputError("concepts= is for models that compare pictures with texts (CLIP, SigLIP)")
         many = self._items(inputs)
+        if not many:
+            raise InputError("there is nothing to read: the list of inputs is empty")
         media = [self._media(item) for item in many]
+        if isinstance(inputs, list | tuple) and all(_is_encoded(item) for item in many):
+            return [p for item in many for p in self.encode(item, decoder, None)]
         if not any(media):
             return self._plain(inputs, decoder)
         if not all(media):
@@ -44,11 +48,13 @@ class Encoder:
 
     def _items(self, inputs: Any) -> list[Any]:
         """Several inputs, or one; a chat is one."""
-        several = isinstance(inputs, list | tuple) and inputs and media_of(inputs, paths=False) is None
+        several = isinstance(inputs, list | tuple) and media_of(inputs, paths=False) is None
         return list(inputs) if several else [inputs]
 
     def _media(self, item: Any) -> Media | None:
-        return media_of(item, paths=self.model.template.tokens is None)
+        model = self.model
+        textless = model.template.tokens is None or (model.encoder_decoder and "input_ids" not in model.template.inputs)
+        return media_of(item, paths=textless)
 
     def _plain(self, inputs: Any, decoder: Any) -> list[Encoded]:
         model = self.model
@@ -64,11 +70,13 @@ class Encoder:
         if model.template.tokens is None:
             taken = ", ".join(k for k, v in model.template.inputs.items() if isinstance(v, torch.Tensor))
             raise InputError(
-                f"{model.name} takes {taken}, not text: give a picture or sound (path, PIL image, array), or "
-                f"a mapping with {taken}"
+                f"{model.name} takes {taken}, not {_kind(inputs)}: give a picture or sound (path, PIL image, array), "
+                f"or a mapping with {taken}"
             )
         if model.encoder_decoder and "input_ids" not in model.template.inputs and not extra:
-            raise InputError(f"{model.name} reads sound or pictures: give one, not text (decoder= is for its text)")
+            raise InputError(
+                f"{model.name} reads sound or pictures: give one, not {_kind(inputs)} (decoder= is for its text)"
+            )
         prompts = encode(
             inputs,
             model.tokenizer,
@@ -91,11 +99,17 @@ class Encoder:
             raise InputError(
                 "tensors beside token ids are understood for a batch of one: give one mapping for each prompt"
             )
+        bad = next((k for k, v in extra.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+        if bad is not None:
+            raise InputError(f"{bad} has values that are NaN or infinite")
         lone = [k for k, v in extra.items() if k in ("pixel_values", "input_features", "input_values") and v.ndim > 1]
         if not sizes and any(extra[k].shape[0] != 1 for k in lone):
             raise InputError(f"{lone[0]} holds a batch of {extra[lone[0]].shape[0]}: give one mapping for each input")
 
     def _with_media(self, media: Media, decoder: Any) -> Encoded:
+        inputs = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+        if not any(self.model.takes(name) for name in inputs):
+            raise InputError(f"{self.model.name} reads text only: it has no input for pictures or sounds")
         made = prepare(media, self.model.processor, None)
         if "input_ids" in made:
             ids = tuple(int(i) for i in made.pop("input_ids")[0])
@@ -105,6 +119,10 @@ class Encoder:
         extra = {k: v for k, v in made.items() if self.model.takes(k)}
         if not extra:
             raise InputError(f"{self.model.name} takes none of what its processor makes ({', '.join(made)})")
+        if media.text is not None:
+            raise InputError(f"{self.model.name} takes no text beside a picture or sound: leave it out")
+        if len(media.pictures) > 1:
+            raise InputError(f"{self.model.name} reads one picture at a time: give a list of inputs")
         return self._from_features(extra, decoder, media.text, media.pictures)
 
     def _from_features(
@@ -139,15 +157,18 @@ class Encoder:
     def _compared(self, inputs: Any, concepts: Sequence[Any] | None) -> list[Encoded]:
         """Pictures against texts, or texts against pictures where a text tower is read."""
         model = self.model
-        if isinstance(inputs, Mapping) and {"pixel_values", "input_ids"} <= set(inputs):
-            return [Encoded(None, (), None, {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)})]
         texts = model.tail.texts
         what = "pictures" if texts else "texts"
-        if not concepts or isinstance(concepts, str):
-            raise InputError(f"{model.name} compares with {what}: give them as a list, concepts=[...]")
         many = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        if not many:
+            raise InputError("there is nothing to read: the list of inputs is empty")
         prompts: list[Encoded] = []
         for item in many:
+            if _is_encoded(item) and {"pixel_values", "input_ids"} <= set(item):
+                prompts.append(self._compared_tensors(item))
+                continue
+            if not concepts or isinstance(concepts, str):
+                raise InputError(f"{model.name} compares with {what}: give them as a list, concepts=[...]")
             if texts:
                 if not isinstance(item, str) or not item.strip():
                     raise InputError(f"the text tower of {model.name} reads texts; got {type(item).__name__}")
@@ -159,6 +180,8 @@ class Encoder:
                 found = media_of(item, paths=True)
                 if found is None or not found.pictures:
                     raise InputError(f"{model.name} reads pictures: give a path, a PIL image or an array")
+                if len(found.pictures) > 1:
+                    raise InputError(f"{model.name} reads one picture at a time: give a list of inputs")
                 media, columns = Media(found.pictures), list(concepts)
                 bad = next((c for c in columns if not isinstance(c, str) or not c.strip()), None)
                 if bad is not None:
@@ -167,6 +190,30 @@ class Encoder:
             extra = {k: v for k, v in made.items() if model.takes(k)}
             prompts.append(Encoded(media.text, (), None, extra, media.pictures))
         return prompts
+
+    def _compared_tensors(self, item: Mapping[str, Any]) -> Encoded:
+        extra = {k: v for k, v in item.items() if isinstance(v, torch.Tensor)}
+        unknown = [k for k in extra if not self.model.takes(k)]
+        if unknown:
+            raise InputError(f"{self.model.name} does not take {unknown[0]}")
+        name = "input_ids" if self.model.tail.texts else "pixel_values"
+        if len(extra.get(name, ())) != 1:
+            raise InputError(f"{name} must hold a batch of 1: give one mapping for each input")
+        return Encoded(None, (), None, extra)
+
+
+def _kind(inputs: Any) -> str:
+    """What was given, for messages."""
+    one: Any = inputs[0] if isinstance(inputs, list | tuple) and inputs else inputs
+    if isinstance(one, str):
+        return "text"
+    shape = getattr(one, "shape", None)
+    return type(one).__name__ if shape is None else f"{type(one).__name__} {list(shape)} of {one.dtype}"
+
+
+def _is_encoded(item: Any) -> bool:
+    """Whether an input is a mapping with a tensor in it."""
+    return isinstance(item, Mapping) and any(isinstance(v, torch.Tensor) for v in item.values())
 
 
 def concept_labels(concepts: Sequence[Any] | None, size: int) -> list[str]:

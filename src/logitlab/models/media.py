@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from logitlab.errors import InputError
+from logitlab.models.inputs import whole_number
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SOUND_SUFFIXES = (".wav",)
@@ -85,7 +86,10 @@ def _from_mapping(value: Mapping[str, Any]) -> Media | None:
     given = value.get("images", value.get("image"))
     many = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     sound = None if value.get("audio") is None else _sound(value["audio"])
-    return Media(tuple(_picture(p) for p in many), sound, int(value.get("rate", 16000)), value.get("text"))
+    if not many and sound is None:
+        raise InputError("the input holds no picture and no sound: give image, images or audio something")
+    rate = whole_number(16000 if value.get("rate") is None else value["rate"], "rate")
+    return Media(tuple(_picture(p) for p in many), sound, rate, value.get("text"))
 
 
 def _from_chat(messages: Sequence[Any]) -> Media | None:
@@ -114,18 +118,24 @@ def _picture(value: Any) -> Any:
                 return opened.convert("RGB")
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{path} is not a picture that can be read: {error}") from error
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3) and value.size:
         try:
             return Image.fromarray(value).convert("RGB")
         except (TypeError, ValueError) as error:
             raise InputError(f"an array of shape {value.shape} is not a picture: give [height, width, 3]") from error
-    raise InputError(f"a picture of type {type(value).__name__} is not understood: give a path, a PIL image or uint8")
+    what = f"array of shape {value.shape} and {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise InputError(
+        f"a picture that is {what} is not understood: give a path, a PIL image or a uint8 array [height, width, 3]"
+    )
 
 
 def _sound(value: Any) -> Any:
     if isinstance(value, str | Path):
         return _wave(Path(value).expanduser())
-    samples = np.asarray(value, dtype=np.float32)
+    try:
+        samples = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a sound of type {type(value).__name__} is not understood: give its samples") from error
     if samples.ndim != 1 or not samples.size:
         raise InputError(f"a sound of shape {samples.shape} is not understood: give its samples as one row")
     if not np.isfinite(samples).all():
@@ -173,7 +183,11 @@ def prepare(media: Media, processor: Any, columns: Sequence[Any] | None) -> dict
         raise InputError(
             f"the model's processor refuses this input: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
-    return {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
+    if not any(value.is_floating_point() for value in tensors.values()):
+        what = "sounds" if media.sound is not None else "pictures"
+        raise InputError(f"the model's processor makes nothing of {what}: this model does not read them")
+    return tensors
 
 
 def _processed(media: Media, processor: Any, columns: Sequence[Any] | None) -> Any:

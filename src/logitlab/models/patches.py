@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,68 +78,82 @@ def _runs(places: Sequence[int]) -> list[list[int]]:
 def state_patches(module: nn.Module, stack: Stack, inputs: Mapping[str, Any], shape: Sequence[int]) -> Grid:
     """The patch grid of a vision stack's own positions.
 
-    An image-shaped state is its own grid. In a sequence, the number of patches is that of the
-    pixels' first convolution; where the first patch stands is measured: it is the first position
-    that changes when the upper left corner of the picture changes.
+    An image-shaped state is its own grid. In a sequence it is measured: a change in the picture's
+    uppermost line of pixels moves the first row of patches, one in its leftmost line the first
+    column. Where states are mixed before the stack begins (the last stage of Swin), all of them move;
+    such blocks are told the grid, as two numbers whose product is the number of positions.
     """
-    pixels = inputs.get("pixel_values")
     layout = stack.layout
     if len(layout.positions) == 2:
         rows, columns = (shape[axis] for axis in layout.positions)
-        return (rows, columns), tuple((i, i // columns, i % columns) for i in range(rows * columns))
-    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+        return _filled(rows, columns)
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
         return NONE
     count = layout.count(shape)
-    changed = _changed_positions(module, stack, inputs, pixels)
-    if not changed:
-        return NONE
-    ratio = pixels.shape[2] / pixels.shape[3]
-    first, last = changed[0], changed[-1]
-    patches = last - first + 1
-    rows = round(math.sqrt(patches * ratio))
-    if rows < 1 or patches % rows or last >= count:
-        return NONE
-    columns = patches // rows
-    return (rows, columns), tuple((first + i, i // columns, i % columns) for i in range(patches))
+    top, left = _moved_positions(module, stack, inputs, pixels)
+    first = next((i for i in top if i in left), None)
+    rows, columns = len(left), len(top)
+    if first is not None and first + rows * columns <= count:
+        in_rows = top == list(range(first, first + columns))
+        if in_rows and left == list(range(first, first + rows * columns, columns)):
+            return _filled(rows, columns, first)
+    return next((_filled(*pair) for pair in _told(module, stack, inputs) if math.prod(pair) == count), NONE)
 
 
-def _changed_positions(module: nn.Module, stack: Stack, inputs: Mapping[str, Any], pixels: torch.Tensor) -> list[int]:
-    """Positions of the first block's input that follow the picture's first and last corner, in order.
+def _filled(rows: int, columns: int, first: int = 0) -> Grid:
+    """The grid whose patches are consecutive positions, line by line."""
+    return (rows, columns), tuple((first + i, i // columns, i % columns) for i in range(rows * columns))
 
-    Positions that follow both (a class token after attention, say) stand for no patch.
-    """
-    moved: list[list[int]] = []
+
+def _moved_positions(
+    module: nn.Module, stack: Stack, inputs: Mapping[str, Any], pixels: torch.Tensor
+) -> tuple[list[int], list[int]]:
+    """Positions of the first block's input that follow the picture's uppermost, and its leftmost, line of pixels."""
+    moved: tuple[list[int], list[int]] = ([], [])
     base = _entering(module, stack, inputs)
     if base is None:
-        return []
-    for corner in ((slice(0, 1), slice(0, 1)), (slice(-1, None), slice(-1, None))):
+        return moved
+    for line, found in zip(((..., slice(0, 1), slice(None)), (..., slice(0, 1))), moved, strict=True):
         changed = pixels.clone()
-        changed[..., corner[0], corner[1]] += 1.0
+        changed[line] += 1.0
         state = _entering(module, stack, {**inputs, "pixel_values": changed})
         if state is None or state.shape != base.shape:
-            return []
+            return [], []
         gap = (stack.layout.rows(state) - stack.layout.rows(base)).abs().amax(1)
-        moved.append([int(i) for i in (gap > 0).nonzero().flatten()])
-    if not moved[0] or not moved[1]:
-        return []
-    first = [i for i in moved[0] if i not in moved[1]]
-    last = [i for i in moved[1] if i not in moved[0]]
-    return [first[0], last[-1]] if first and last else []
+        found += [int(i) for i in (gap > 0).nonzero().flatten()]
+    return moved
 
 
 def _entering(module: nn.Module, stack: Stack, inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """The first block's input, by a pass that stops there."""
-    seen: list[torch.Tensor] = []
+    args, kwargs = _arguments(module, stack.blocks[0].module, inputs)
+    given = hidden_input(args, kwargs)
+    last = first_tensor(stack.outputs[-1])
+    assert last is not None
+    return given.detach().clone() if given is not None and given.ndim == last.ndim else None
+
+
+def _told(module: nn.Module, stack: Stack, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Pairs of whole numbers that the last block is given, in order."""
+    args, kwargs = _arguments(module, stack.blocks[-1].module, inputs)
+    values = [*args, *kwargs.values()]
+    found = [tuple(v) for v in values if isinstance(v, list | tuple | torch.Size) and len(v) == 2]
+    found += list(pairwise(values))
+    return [(a, b) for a, b in found if type(a) is int and type(b) is int and a > 0]
+
+
+def _arguments(
+    module: nn.Module, block: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a block is called with first, by a pass that stops there."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = hidden_input(args, kwargs)
-        if given is not None:
-            seen.append(given.detach().clone())
+        seen.append((args, kwargs))
         raise StopForward
 
     with Taps() as taps, suppress(StopForward), torch.no_grad():
-        taps.before(stack.blocks[0].module, stop)
+        taps.before(block, stop)
         module(**inputs)
-    last = first_tensor(stack.outputs[-1])
-    assert last is not None
-    return seen[0] if seen and seen[0].ndim == last.ndim else None
+    return seen[0] if seen else ((), {})

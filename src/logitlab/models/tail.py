@@ -149,12 +149,17 @@ class Tail:
     def decode_states(self, rows: torch.Tensor, run: Run | None = None) -> torch.Tensor:
         """Logits [states, answers, V] of whole states of a recorded pass, [states, positions, d]."""
         run = self._run if run is None else run
-        if not self.batched:
+        if not self.batched or self._one_concept(run):
             shape = shape_of(run.blocks[-1])
             states = (self.stack.layout.state(r, shape) for r in rows)
             return torch.stack([self.output(state, run).rows for state in states])
         many = max(1, STATE_VALUES // (rows.shape[1] * rows.shape[2]))
         return torch.cat([self._decode_batch(part, run) for part in rows.split(many)])
+
+    def _one_concept(self, run: Run) -> bool:
+        """Whether there is one concept only: repeating what has one item would repeat it too."""
+        own = output_of(run.output, texts=self.texts) if self.space.name == "concepts" else None
+        return own is not None and own.logits.shape[-1] == 1
 
     def _decode_batch(self, rows: torch.Tensor, run: Run) -> torch.Tensor:
         """One replay with the recorded pass's single item repeated."""

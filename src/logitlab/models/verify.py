@@ -376,7 +376,7 @@ def _random_hidden(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     if head.weight.shape[1] == hidden.shape[1]:
         along = head.weight[torch.linspace(0, head.vocab_size - 1, 4).long().to(head.weight.device)].float().cpu()
         rows = torch.cat([rows, 100 * size * along / along.std().clamp_min(1e-6)])
-    most = torch.finfo(hidden.dtype).max
+    most = min(torch.finfo(t).max for t in (hidden.dtype, torch.float32))
     return rows.clamp(-most, most).to(hidden)
 
 
