@@ -227,11 +227,13 @@ def pictures_of(model: Model, prompt: Encoded, grids: Sequence[Grid], pixels: ob
     if not prompt.pictures and (tensor is None or tensor.ndim != 4):
         return ()
     found: list[Picture] = []
-    for i, picture in enumerate(prompt.pictures or (None,)):
-        part = tensor[i : i + 1] if tensor is not None and tensor.ndim == 4 and len(tensor) > i else None
-        many = len(prompt.pictures) > 1 and part is None
-        size, patches = grids[i] if i < len(grids) else NONE
-        png = shown(None if many else part, model.processor, picture)
+    pictures = prompt.pictures or (None,) * max(1, len(grids))
+    # Where the model cuts a picture into tiles, neither pixels nor grids are those of whole pictures.
+    whole = tensor is not None and tensor.ndim == 4 and len(tensor) == len(pictures)
+    for i, picture in enumerate(pictures):
+        part = tensor[i : i + 1] if tensor is not None and whole else None
+        size, patches = grids[i] if len(grids) == len(pictures) else NONE
+        png = shown(part, model.processor, picture)
         if png:
             found.append(Picture(png, size, patches))
     return tuple(found)

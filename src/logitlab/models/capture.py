@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -264,9 +264,14 @@ def _forward(
     token_index = torch.tensor([t for p in positions for t in p])
     found: dict[tuple[int, str], torch.Tensor] = {}
     width = max(len(p.ids) for p in prompts)
+    layout = model.stack.layout
 
     def keep(key: tuple[int, str], value: torch.Tensor, scale: float = 1.0) -> None:
-        shaped = value.reshape(len(prompts), -1, value.shape[-1])  # some MLPs see [tokens, width]
+        if key[1] in ("resid_pre", "resid_post") and value.ndim == 4:  # several residual streams
+            value = layout.rows(value)
+            shaped = value.reshape(len(prompts), -1, value.shape[-1])
+        else:
+            shaped = value.reshape(len(prompts), -1, value.shape[-1])  # some MLPs see [tokens, width]
         if shaped.shape[1] != width:
             raise ModelError(
                 f"the states of {model.stack.name} have {shaped.shape[1]} positions for {width} tokens: "
@@ -279,12 +284,25 @@ def _forward(
         _attach(model, keys, keep, taps)
         if model.tail.head_module is not None:
             taps.replace(model.tail.head_module, _stop)
-        with suppress(StopForward), torch.no_grad():
-            model.module(**arguments_of(model, prompts))
+        inputs = arguments_of(model, prompts)
+        try:
+            with suppress(StopForward), torch.no_grad():
+                model.module(**inputs)
+        except Exception as error:
+            if not prompts[0].extra:  # token ids were checked: this is no matter of the input
+                raise
+            raise _stopped(model, inputs, error) from error
     missing = [key for key in keys if key not in found]
     if missing:
         raise ModelError(f"layer {missing[0][0]} was not reached for these inputs (its {missing[0][1]} was not seen)")
     return found
+
+
+def _stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> InputError:
+    """What to raise when a model's own code refuses an input."""
+    sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
+    why = " ".join(str(error).split())[:300]
+    return InputError(f"{model.name} does not run on this input ({sizes}): {type(error).__name__}: {why}")
 
 
 def by_tokens(model: Model, prompts: Sequence[Encoded]) -> bool:
@@ -324,11 +342,7 @@ def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, d
             with torch.no_grad():
                 output = model.module(**inputs)
         except Exception as error:  # a model's code can raise anything; the reason is passed on
-            sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
-            raise InputError(
-                f"{model.name} does not run on this input ({sizes}): {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
+            raise _stopped(model, inputs, error) from error
     missing = [key for key in keys if key not in found]
     calls = [[c for c in trace.calls if c.path == path] for path in dict.fromkeys(b.path for b in stack.blocks)]
     by_path = {c[0].path: c for c in calls if c}

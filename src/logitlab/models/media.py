@@ -157,6 +157,8 @@ def _wave(path: Path) -> Any:
         raise InputError(f"{path} has samples of {8 * size} bits: give 16-bit ones")
     if rate != 16000:
         raise InputError(f"{path} has {rate} samples a second: give 16000 (for instance: sox in.wav -r 16000 out.wav)")
+    if not raw:
+        raise InputError(f"{path} holds no samples")
     samples = np.frombuffer(raw, dtype="<i2").astype(np.float32) / 32768
     return samples.reshape(-1, channels).mean(axis=1)
 
@@ -224,6 +226,23 @@ def _pads_fully(processor: Any) -> bool:
     return names is not None and "attention_mask" not in names
 
 
+def _colours(values: torch.Tensor, part: Any) -> torch.Tensor:
+    """Values [3, height, width] as colours from 0 to 255: what an image processor does last is undone first."""
+    if not hasattr(part, "do_rescale") and not hasattr(part, "do_normalize"):  # nothing is known: stretch
+        low, high = values.min(), values.max()
+        fractions = float(low) >= 0 and float(high) <= 1
+        return 255 * (values if fractions else (values - low) / (high - low).clamp_min(1e-6))
+    if getattr(part, "do_flip_channel_order", False):
+        values = values.flip(0)
+    if getattr(part, "do_normalize", False) and getattr(part, "image_mean", None) is not None:
+        mean, std = (torch.tensor(getattr(part, k)).reshape(-1, 1, 1) for k in ("image_mean", "image_std"))
+        values = values * std + mean
+    if getattr(part, "do_rescale", False):
+        offset = 1.0 if getattr(part, "rescale_offset", False) else 0.0
+        values = (values + offset) / float(getattr(part, "rescale_factor", None) or 1 / 255)
+    return values
+
+
 def shown(pixels: torch.Tensor | None, processor: Any, original: Any) -> bytes:
     """PNG bytes of a picture as the model sees it.
 
@@ -235,17 +254,8 @@ def shown(pixels: torch.Tensor | None, processor: Any, original: Any) -> bytes:
     image = original
     if pixels is not None and pixels.ndim == 4 and pixels.shape[1] == 3:
         part = getattr(processor, "image_processor", processor)
-        values = pixels[0].detach().float().cpu()
-        if getattr(part, "do_normalize", False) and getattr(part, "image_mean", None) is not None:
-            mean, std = (torch.tensor(getattr(part, k)).reshape(3, 1, 1) for k in ("image_mean", "image_std"))
-            values = values * std + mean
-        else:
-            low, high = values.min(), values.max()
-            values = values if float(low) >= 0 and float(high) <= 1 else (values - low) / (high - low).clamp_min(1e-6)
-        if getattr(part, "rescale_factor", None) == 1 or float(values.max()) > 2:
-            values = values / 255
-        array = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        image = Image.fromarray(array)
+        colours = _colours(pixels[0].detach().float().cpu(), part)
+        image = Image.fromarray(colours.clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     if image is None:
         return b""
     image = image.copy()

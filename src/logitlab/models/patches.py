@@ -25,7 +25,8 @@ def token_patches(module: nn.Module, processor: Any, ids: Sequence[int], extra: 
     """The patch grids of a text with image tokens in it, one for each picture; empty where there are none.
 
     The model's configuration names its image token. A grid is what the processor says
-    (``image_grid_thw``), else a square where the number of tokens is one.
+    (``image_grid_thw``), else a square where the number of tokens is one. A model that cuts a picture
+    into tiles has a grid for each tile.
     """
     token = _image_token(module, processor)
     places = [i for i, token_id in enumerate(ids) if token_id == token]
@@ -36,7 +37,7 @@ def token_patches(module: nn.Module, processor: Any, ids: Sequence[int], extra: 
         merge = next((m for c in configs_of(_config(module)) if (m := getattr(c, "spatial_merge_size", None))), 1)
         sizes = [(int(t) * int(h) // merge, int(w) // merge) for t, h, w in grids.tolist()]
     else:
-        runs = _runs(places)
+        runs = _pictures_apart(places, extra.get("pixel_values"))
         sizes = [(side, side) for run in runs if (side := math.isqrt(len(run))) ** 2 == len(run)]
         if len(sizes) != len(runs):
             return []
@@ -49,6 +50,16 @@ def token_patches(module: nn.Module, processor: Any, ids: Sequence[int], extra: 
         found.append(((rows, columns), tuple((p, i // columns, i % columns) for i, p in enumerate(part))))
         start += rows * columns
     return found
+
+
+def _pictures_apart(places: Sequence[int], pixels: Any) -> list[list[int]]:
+    """The places of each picture: they lie side by side, or other tokens stand between them."""
+    runs = _runs(places)
+    many = len(pixels) if isinstance(pixels, torch.Tensor) and pixels.ndim == 4 else len(runs)
+    if many == len(runs) or not many or len(places) % many:
+        return runs
+    size = len(places) // many
+    return [list(places[i : i + size]) for i in range(0, len(places), size)]
 
 
 def _config(module: nn.Module) -> Any:
