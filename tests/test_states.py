@@ -228,3 +228,24 @@ def test_the_last_answer_is_checked_for_every_input(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module.classifier, "forward", drifting)
     with pytest.raises(ll.VerificationError, match="differs from the model's own answer for this input"):
         ll.read(model, {"pixel_values": image})
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "paligemma", "gemma3", "idefics3", "mistral3", "florence2"])
+def test_a_prompt_with_a_picture(kind: str) -> None:
+    """Image tokens take part in the pass; every position is decoded as the model itself does it."""
+    from logitlab.models.example import example_inputs
+
+    module: Any = zoo.build("image-text-to-text", kind)
+    model = ll.wrap(module)
+    inputs = {k: v for k, v in example_inputs(module, vision=True).items() if isinstance(v, torch.Tensor)}
+    reading = ll.read(model, inputs, target=[7])
+    with torch.no_grad():
+        truth = logprobs(module(**inputs, **model.template.options).logits[0])
+    np.testing.assert_allclose(reading.logprob.values[0, -1, :, 0], truth[:, 7], atol=1e-5)
+    if kind in ("llava", "paligemma"):
+        (picture,) = reading.prompts[0].pictures
+        assert picture.grid == (4, 4)
+        first, row, column = picture.patches[5]
+        assert (row, column) == (1, 1)
+        assert reading.prompts[0].tokens[first] == "patch 1,1"
+        assert reading.rank.coords["column"].values[0, first] == 1

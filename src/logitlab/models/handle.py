@@ -292,7 +292,10 @@ class Model:
     @cached_property
     def input_vocab_size(self) -> int:
         """Number of rows of the input embedding."""
-        embedding: Any = getattr(self.module, "get_input_embeddings", lambda: None)()
+        try:
+            embedding: Any = getattr(self.module, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # transformers asks the class to say which one it is
+            embedding = None
         weight = getattr(embedding, "weight", None)
         return self.vocab_size if weight is None else int(weight.shape[0])
 
