@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import logitlab as ll
+from logitlab import zoo as families
 from logitlab.files import write_atomically, write_text
-from logitlab.reading import Prompt, Reading
+from logitlab.reading import Picture, Prompt, Reading
+from logitlab.storage import _KEY
 from tests import zoo
 
 
@@ -45,6 +49,71 @@ def test_hostile_labels_and_completions_survive(llama: ll.Model, tmp_path: Path)
     assert again == odd
     assert again != plain
     assert again.label(first, 0, 2) == "🧪"
+
+
+def seen(task: str, model_type: str, size: int, **options: object) -> Reading:
+    """A reading of random pixels by a small model."""
+    model = ll.wrap(families.build(task, model_type))
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return ll.read(model, {"pixel_values": pixels}, **options)  # type: ignore[arg-type]
+
+
+def test_pictures_and_boxes_survive(tmp_path: Path) -> None:
+    classes = seen("image-classification", "vit", 32, target=[0, 3])
+    assert classes.prompts[0].pictures[0].grid == (4, 4)
+    boxes = seen("object-detection", "detr", 64)
+    assert boxes.arrays["box"].shape[-1] == 4
+    assert boxes.prompts[0].pictures
+    for reading in (classes, classes.at(position=[-1, 3]), boxes, boxes.at(position=[2, 0], site=boxes.sites[-1])):
+        again = Reading.load(reading.save(tmp_path / "r.parquet"))
+        assert again == reading
+        assert again.prompts[0].pictures == reading.prompts[0].pictures
+        assert list(again.rows()) == list(reading.rows())
+        assert again.to_xarray().identical(reading.to_xarray())
+    np.testing.assert_array_equal(
+        boxes.at(position=[2, 0]).arrays["box"], boxes.arrays["box"][:, :, [2, 0]], strict=True
+    )
+
+
+def test_several_pictures_and_prompts_survive(llama: ll.Model, tmp_path: Path) -> None:
+    plain = ll.read(llama, [zoo.ids(5), zoo.ids(3)])
+    first = (Picture(bytes(range(256)), (1, 2), ((1, 0, 0), (2, 0, 1))), Picture(b"", (0, 0), ()))
+    prompts = (dataclasses.replace(plain.prompts[0], pictures=first), plain.prompts[1])
+    reading = dataclasses.replace(plain, prompts=prompts)
+    again = Reading.load(reading.save(tmp_path / "r.parquet"))
+    assert again == reading
+    assert again != plain
+    assert again.prompts[0].pictures == first
+    assert again.prompts[1].pictures == ()
+    moved = dataclasses.replace(first[0], patches=((1, 0, 1), (2, 0, 0)))
+    other = dataclasses.replace(prompts[0], pictures=(moved, first[1]))
+    assert again != dataclasses.replace(reading, prompts=(other, prompts[1]))
+
+
+def test_a_file_from_before_there_were_pictures(llama: ll.Model, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    reading = ll.read(llama, [zoo.ids(5), zoo.ids(3)], target=[5])
+    table = pq.read_table(reading.save(tmp_path / "new.parquet"))
+    meta = json.loads(table.schema.metadata[_KEY])
+    assert [len(prompt) for prompt in meta["prompts"]] == [5, 5]
+    meta["prompts"] = [prompt[:4] for prompt in meta["prompts"]]
+    old = tmp_path / "old.parquet"
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(meta).encode()}), old)
+    assert Reading.load(old) == reading
+
+
+@pytest.mark.parametrize("stored", [[["!", [1, 1]]], [["!", [1], []]], [["!", [1, 1], [[1]]]], [3], [None]])
+def test_pictures_that_are_not_whole_are_refused(llama: ll.Model, tmp_path: Path, stored: list[object]) -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(ll.read(llama, zoo.ids(3)).save(tmp_path / "new.parquet"))
+    meta = json.loads(table.schema.metadata[_KEY])
+    meta["prompts"][0][4] = stored
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(meta).encode()}), bad)
+    with pytest.raises(ll.InputError, match="does not hold a whole Reading"):
+        Reading.load(bad)
 
 
 def test_equality_sees_every_part(llama: ll.Model) -> None:

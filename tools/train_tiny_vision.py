@@ -33,7 +33,7 @@ SIDE = 64
 SHAPES = ("circle", "square", "triangle", "cross")
 MOST = 3  # shapes in a picture of the detector
 IMAGES = Path(__file__).parent.parent / "docs" / "images" / "spaces"
-NAMES = {i: name for i, name in enumerate(SHAPES)}
+NAMES = dict(enumerate(SHAPES))
 
 
 # -- pictures ----------------------------------------------------------------------------------

@@ -112,10 +112,19 @@ class Encoder:
             raise InputError(f"{self.model.name} reads text only: it has no input for pictures or sounds")
         made = prepare(media, self.model.processor, None)
         if "input_ids" in made:
-            ids = tuple(int(i) for i in made.pop("input_ids")[0])
+            ids = [int(i) for i in made.pop("input_ids")[0]]
             made.pop("attention_mask", None)
             extra = {k: v for k, v in made.items() if self.model.takes(k)}
-            return Encoded(media.text, ids, None, extra, media.pictures)
+            checked = encode(
+                [ids],
+                self.model.tokenizer,
+                vocab_size=max(self.model.input_vocab_size, *(i + 1 for i in ids)),  # an image token may be beyond it
+                encoder_decoder=self.model.encoder_decoder,
+                start=self.model.decoder_start,
+                decoder=decoder,
+                limit=self.model.context_length,
+            )[0]
+            return Encoded(media.text, checked.ids, checked.encoder_ids, extra, media.pictures)
         extra = {k: v for k, v in made.items() if self.model.takes(k)}
         if not extra:
             raise InputError(f"{self.model.name} takes none of what its processor makes ({', '.join(made)})")
