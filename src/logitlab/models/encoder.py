@@ -36,7 +36,7 @@ class Encoder:
             raise InputError("concepts= is for models that compare pictures with texts (CLIP, SigLIP)")
         many = self._items(inputs)
         if not many:
-            raise InputError("there is nothing to read: the list of inputs is empty")
+            raise InputError("there is nothing to read: the list of prompts is empty")
         media = [self._media(item) for item in many]
         if isinstance(inputs, list | tuple) and all(_is_encoded(item) for item in many):
             return [p for item in many for p in self.encode(item, decoder, None)]
@@ -170,7 +170,7 @@ class Encoder:
         what = "pictures" if texts else "texts"
         many = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         if not many:
-            raise InputError("there is nothing to read: the list of inputs is empty")
+            raise InputError("there is nothing to read: the list of prompts is empty")
         prompts: list[Encoded] = []
         for item in many:
             if _is_encoded(item) and {"pixel_values", "input_ids"} <= set(item):
