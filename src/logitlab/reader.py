@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitlab.errors import InputError, ModelError
+from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
 from logitlab.logits import Statistics, statistics
+from logitlab.logits.independent import independent
 from logitlab.models.capture import Activations, by_tokens, capture_encoded, select_positions
 from logitlab.models.encoder import concept_labels
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded, check_text, whole_number
 from logitlab.models.patches import token_patches
 from logitlab.models.sites import Site
+from logitlab.models.verify import finite_size, tolerance
 from logitlab.models.vocabulary import ColumnLabels, Vocabulary
 from logitlab.reading import Array, Prompt, Reading, Target
 from logitlab.states import StateReading, check_concepts, pictures_of, read_states
@@ -144,6 +146,7 @@ def read(
         activations = capture_encoded(model, prompts[group], chosen, where[group], batch_tokens)
         _check_finite(activations, group.start)
         with model.exclusive():
+            _check_answers(model, activations, group.start)
             results.append(_decode(model, activations, lens, targets, top_k, allowed, backend, tell))
     result = Statistics.join(results, dim=1)
     arrays = _arrays(result, where, len(chosen))
@@ -229,6 +232,10 @@ def decode(
             f"the vectors have width {hidden.shape[-1]}; the hidden states of {model.name} have {model.width}"
         )
     with model.exclusive():
+        if model.space.activation == "sigmoid":
+            z = model.tail.logits(hidden.reshape(-1, model.width)).reshape(*hidden.shape[:-1], -1)
+            ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
+            return independent(z if z.ndim == 3 else z.unsqueeze(0), top_k=top_k, targets=ids)
         flat = model.tail.prepare(hidden.reshape(-1, model.width))
         rows = flat.reshape(*hidden.shape[:-1], flat.shape[-1])
         ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
@@ -375,6 +382,25 @@ def _check_finite(activations: Activations, first: int) -> None:
                         f"(prompt {first + n}, position {position}): "
                         "load the model in float32, or look at its weights"
                     )
+
+
+def _check_answers(model: Model, activations: Activations, first: int) -> None:
+    """The tail must go on from the last states as the model itself did, for these very prompts."""
+    if activations.answers is None:
+        return
+    last = torch.tensor([activations.rows_of(n).stop - 1 for n in range(len(activations.prompts))])
+    states = _final_states(activations, model)
+    states = states[last.to(states.device)]
+    tail = model.tail
+    ours = (tail.logits(states) if tail.head is None else tail.head_input(states)).to(activations.answers.device)
+    gaps = (ours.double() - activations.answers.double()).abs().amax(1)
+    for n, gap in enumerate(gaps):
+        if not float(gap) <= tolerance(model.dtype, finite_size(activations.answers[n].float())):
+            raise VerificationError(
+                f"the last state of prompt {first + n} decoded is not what the model itself goes on with (they differ "
+                f"by {float(gap):.2g}): for this input the model does something else than on the few tokens that "
+                "it was verified with; this reading would be wrong"
+            )
 
 
 def _decode(

@@ -82,7 +82,7 @@ def read_states(
         ModelError: a state is not finite, or the model went another way than on its example.
     """
     run, rows = states(model, prompt, sites)
-    own = output_of(run.output, texts=model.tail.texts)
+    own = output_of(run.output, texts=model.tail.texts, pixels=model.tail.pixels)
     if own is None:
         raise ModelError(f"{model.name} returned no logits for this input")
     shape = _shape(run)
@@ -180,8 +180,6 @@ def _decoded(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits [chosen positions, V] of one site, and the boxes of all queries."""
     tail = model.tail
-    if model.space.per == "position" and tail.by is not None and model.space.name != "boxes":
-        return tail.logits(hidden[list(chosen)], run), None
     places = [p for p in chosen if p < count]
     pooled = model.space.per == "input"
     single = tail.logits(hidden[places], run) if pooled and tail.by is not None and places else None

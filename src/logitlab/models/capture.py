@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from logitlab.errors import InputError, ModelError
+from logitlab.errors import InputError, LogitlabError, ModelError
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
 from logitlab.models.hooks import StopForward, Taps, first_tensor, hidden_input
 from logitlab.models.inputs import Encoded, whole_number
+from logitlab.models.output import output_of
 from logitlab.models.sites import Site
 from logitlab.models.trace import Run, Trace, copied
 
@@ -33,6 +34,8 @@ class Activations:
             neurons the inputs of their projection [rows, inputs]; rows are all kept positions of
             all prompts, one prompt after the other.
         projections: by (layer, kind), the map that turns those inputs into heads or neurons.
+        answers: what the model itself went on with at the last kept position of each prompt, to hold the
+            tail against: the head's input where the pass stopped there, else the logits.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +43,7 @@ class Activations:
     positions: tuple[tuple[int, ...], ...]
     kept: dict[tuple[int, str], torch.Tensor]
     projections: dict[tuple[int, str], Projection]
+    answers: torch.Tensor | None = None
 
     def __getitem__(self, site: str | Site) -> torch.Tensor:
         """Hidden states [rows, width] of one site, in the dtype of the model (heads, neurons: float32).
@@ -132,13 +136,17 @@ def capture_encoded(
     if any(kind not in ("resid_pre", "resid_post") for _, kind in keys):
         _ = model.parts  # taking blocks apart runs the model: not while it is watched
     pieces: dict[tuple[int, str], list[torch.Tensor]] = {key: [torch.empty(0)] * len(prompts) for key in keys}
+    answers: list[torch.Tensor | None] = [None] * len(prompts)
     done = 0
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     most = (batch_tokens or 1) if model.stack.batch_first else 1
     for batch in _batches(prompts, most, padded=model.takes("attention_mask")):
         chosen = [positions[n] for n in batch]
-        for key, rows in _forward(model, [prompts[n] for n in batch], keys, chosen).items():
+        found, given = _forward(model, [prompts[n] for n in batch], keys, chosen)
+        for i, n in enumerate(batch):
+            answers[n] = None if given is None else given[i]
+        for key, rows in found.items():
             for n, part in zip(batch, rows.split([len(p) for p in chosen]), strict=True):
                 pieces[key][n] = part
         done += len(batch)
@@ -150,6 +158,7 @@ def capture_encoded(
         tuple(tuple(p) for p in positions),
         {key: torch.cat(parts) for key, parts in pieces.items()},
         {key: p for key in keys if (p := _projection(model, key)) is not None},
+        torch.stack([a for a in answers if a is not None]) if all(a is not None for a in answers) else None,
     )
 
 
@@ -258,8 +267,12 @@ def _forward(
     prompts: Sequence[Encoded],
     keys: Sequence[tuple[int, str]],
     positions: Sequence[Sequence[int]],
-) -> dict[tuple[int, str], torch.Tensor]:
-    """One forward pass; the wanted rows of every key, [rows, size]. Stops before the head if it can."""
+) -> tuple[dict[tuple[int, str], torch.Tensor], torch.Tensor | None]:
+    """One forward pass; the wanted rows of every key, [rows, size]. Stops before the head if it can.
+
+    The second result is what the model went on with at the last wanted position of each prompt,
+    [prompts, size], or None where that has another form.
+    """
     batch_index = torch.tensor([b for b, p in enumerate(positions) for _ in p])
     token_index = torch.tensor([t for p in positions for t in p])
     found: dict[tuple[int, str], torch.Tensor] = {}
@@ -282,20 +295,32 @@ def _forward(
 
     with model.exclusive(), Taps() as taps:
         _attach(model, keys, keep, taps)
+        went_on: list[torch.Tensor | None] = []
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            went_on.append(hidden_input(args, kwargs))
+            raise StopForward
+
         if model.tail.head_module is not None:
-            taps.replace(model.tail.head_module, _stop)
+            taps.replace(model.tail.head_module, stop)
         inputs = arguments_of(model, prompts)
         try:
             with suppress(StopForward), torch.no_grad():
-                model.module(**inputs)
-        except Exception as error:
-            if not prompts[0].extra:  # token ids were checked: this is no matter of the input
-                raise
+                output = output_of(model.module(**inputs))
+                went_on.append(None if output is None else output.logits)
+        except LogitlabError:
+            raise
+        except Exception as error:  # a model's own code can raise anything
             raise _stopped(model, inputs, error) from error
     missing = [key for key in keys if key not in found]
     if missing:
         raise ModelError(f"layer {missing[0][0]} was not reached for these inputs (its {missing[0][1]} was not seen)")
-    return found
+    given = went_on[-1]
+    if given is None or given.numel() != len(prompts) * width * given.shape[-1]:
+        return found, None
+    last = torch.tensor([p[-1] for p in positions], device=given.device)
+    rows = given.detach().reshape(len(prompts), width, -1)
+    return found, rows[torch.arange(len(prompts), device=given.device), last]
 
 
 def _stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> InputError:
@@ -307,8 +332,9 @@ def _stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> Input
 
 def by_tokens(model: Model, prompts: Sequence[Encoded]) -> bool:
     """Whether prompts are read token by token: one answer at each of them, decoded from its own state."""
-    per_token = model.space.per == "position" and model.space.name != "boxes" and model.tail.by is not None
-    return per_token and all(p.ids for p in prompts) and model.template.tokens is not None
+    space = model.space
+    per_token = space.per == "position" and space.name != "boxes" and space.activation == "softmax"
+    return per_token and model.tail.by == "tokens" and all(p.ids for p in prompts)
 
 
 def _need_tokens(model: Model, prompts: Sequence[Encoded]) -> None:
@@ -357,10 +383,6 @@ def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, d
     if bad is not None:
         raise ModelError(f"{bad[0]}.{bad[1]} has states of shape {list(found[bad].shape)}, the last block {list(size)}")
     return run, found
-
-
-def _stop(*args: Any, **kwargs: Any) -> None:
-    raise StopForward
 
 
 def _attach(model: Model, keys: Sequence[tuple[int, str]], keep: Callable[..., None], taps: Taps) -> None:

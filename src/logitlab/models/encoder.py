@@ -62,6 +62,9 @@ class Encoder:
         if isinstance(inputs, Mapping):
             tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
             extra = {k: v for k, v in tensors.items() if k not in _SEQUENCES}
+            rows = _rows_beside(tensors, extra)
+            if rows is not None:
+                return [p for row in rows for p in self._plain(row, decoder)]
             if extra:
                 self._check_extra(extra, tensors)
             if extra and "input_ids" not in tensors:
@@ -223,6 +226,28 @@ def _kind(inputs: Any) -> str:
 def _is_encoded(item: Any) -> bool:
     """Whether an input is a mapping with a tensor in it."""
     return isinstance(item, Mapping) and any(isinstance(v, torch.Tensor) for v in item.values())
+
+
+def _rows_beside(tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """One mapping for each prompt, padding cut off, where everything beside the ids has one entry for each of them.
+
+    That is what a tokenizer gives (``token_type_ids``). None if there is nothing to cut or split.
+    """
+    ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
+    if ids is None or ids.ndim != 2 or not extra or any(v.shape[:2] != ids.shape for v in extra.values()):
+        return None
+    padded = mask is not None and mask.shape == ids.shape and not bool(mask.bool().all())
+    if len(ids) == 1 and not padded:
+        return None
+    found: list[dict[str, Any]] = []
+    for n in range(len(ids)):
+        kept = torch.arange(ids.shape[1]) if mask is None or mask.shape != ids.shape else mask[n].cpu().nonzero()[:, 0]
+        if not len(kept) or int(kept[-1] - kept[0]) + 1 != len(kept):
+            return None  # left to the check of the mask, which says what is wrong
+        beside = {k: v[n : n + 1, kept] for k, v in {"input_ids": ids, **extra}.items()}
+        rest = {k: v[n : n + 1] for k, v in tensors.items() if k.startswith("decoder_")}
+        found.append(beside | rest)
+    return found
 
 
 def concept_labels(concepts: Sequence[Any] | None, size: int) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,12 +19,20 @@ from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.models.decompose import BlockParts, decompose
 from logitlab.models.encoder import Encoder
 from logitlab.models.inputs import Encoded
-from logitlab.models.output import Output, Space, output_of, space_of
+from logitlab.models.output import Output, Space, configs_of, output_of, space_of
 from logitlab.models.sites import INDEXED_KINDS, Site, SiteSpec, normalise_request, select_layers
 from logitlab.models.stack import Found, Stack, find_stacks
 from logitlab.models.tail import Tail
 from logitlab.models.template import Template, device_of, forward_parameters
-from logitlab.models.verify import Check, Judgement, Verification, offers, verify_decompositions, verify_tail
+from logitlab.models.verify import (
+    Check,
+    Judgement,
+    UnrelatedStackError,
+    Verification,
+    offers,
+    verify_decompositions,
+    verify_tail,
+)
 from logitlab.models.vocabulary import ColumnLabels, Vocabulary
 from logitlab.models.weights import stored
 
@@ -291,13 +300,19 @@ class Model:
 
     @cached_property
     def input_vocab_size(self) -> int:
-        """Number of rows of the input embedding."""
+        """Number of token ids that go in: rows of the input embedding; 2**31 where ids are hashed."""
         try:
             embedding: Any = getattr(self.module, "get_input_embeddings", lambda: None)()
         except NotImplementedError:  # transformers asks the class to say which one it is
             embedding = None
         weight = getattr(embedding, "weight", None)
-        return self.vocab_size if weight is None else int(weight.shape[0])
+        if isinstance(weight, torch.Tensor):
+            return int(weight.shape[0])
+        config: Any = getattr(self.module, "config", None)
+        sizes = [size for c in configs_of(config) if isinstance(size := getattr(c, "vocab_size", None), int)]
+        if config is None:
+            sizes = [m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)]
+        return max(sizes, default=2**31)
 
     @property
     def decoder_start(self) -> list[int]:
@@ -369,6 +384,9 @@ def _wrapped(
     template = Template.of(module, example)
     found = find_stacks(module, template)
     if stack is not None:
+        if example is None and not any(stack in s.name for s in found.stacks):
+            found = _with_picture(module, found)
+            template = found.template
         groups = [_named(stack, found.stacks)]
     else:
         ordered = _in_order(found)
@@ -380,9 +398,18 @@ def _wrapped(
             tail = _tail(module, chosen, found)
             try:
                 checked, fast = verify_tail(tail, _dtype(module))
-            except VerificationError as failure:
+            except UnrelatedStackError as failure:
                 failures.append(failure)
                 continue
+            except VerificationError as failure:
+                # Stacks before one that should be readable and is not would say nothing about its layers.
+                if whole is None:
+                    raise
+                failures.append(failure)
+                continue
+            later = any(s.end > chosen.end and s.composed for s in found.stacks)
+            if tail.by is None and tail.space.per == "position" and tail.space.name != "boxes" and later:
+                tail.space = replace(tail.space, per="output")  # equal lengths by chance: another stack answers
             title = name or _name(module)
             model = Model(module, tokenizer, title, template, found.stacks, chosen, tail, checked, fast, processor)
             if tail.by is not None or tail.space.per == "input" or tail.space.name == "boxes":
@@ -393,6 +420,16 @@ def _wrapped(
     if whole is not None:
         return whole
     raise failures[0]
+
+
+def _with_picture(module: nn.Module, found: Found) -> Found:
+    """The pass over an example that has a picture in it, for towers that text alone does not reach."""
+    from logitlab.models.example import example_inputs
+
+    try:
+        return find_stacks(module, Template.of(module, example_inputs(module, vision=True)))
+    except ModelError:  # no such example can be made: what was found without it stands
+        return found
 
 
 def _is_minor(stack: Stack, found: Found) -> bool:
@@ -408,6 +445,8 @@ def column_labels(module: nn.Module, space: Space, vocabulary: Vocabulary) -> Vo
         return ColumnLabels([f"concept {i}" for i in range(space.size)])
     names: Any = getattr(getattr(module, "config", None), "id2label", None) or {}
     labels = [str(names.get(i, names.get(str(i), f"class {i}"))) for i in range(space.size)]
+    if space.name == "boxes" and space.size not in (len(names), len(names) + 1):
+        return ColumnLabels([f"query {i}" for i in range(space.size)])  # open vocabulary: the texts are the columns
     if space.name == "boxes" and space.activation == "softmax":
         labels[-1] = "no object"  # the column that a softmax detector has beyond its labels
     return ColumnLabels(labels)
@@ -426,7 +465,7 @@ def _in_order(found: Found) -> list[Stack]:
     Of two towers that are compared with each other, the one of the picture comes first; a single
     block comes after a stack of several that ends later.
     """
-    output = output_of(found.output)
+    output = output_of(found.output, pixels=found.template.pixels)
 
     def key(stack: Stack) -> tuple[bool, bool, int]:
         pictures = output is None or not output.name.startswith("logits_per_") or _about_pictures(stack, output)
@@ -441,12 +480,13 @@ def _about_pictures(stack: Stack, output: Output) -> bool:
 
 
 def _tail(module: nn.Module, stack: Stack, found: Found) -> Tail:
-    output = output_of(found.output)
+    output = output_of(found.output, pixels=found.template.pixels)
     assert output is not None
     texts = output.name.startswith("logits_per_") and not _about_pictures(stack, output)
     if texts:
         output = output_of(found.output, texts=True) or output
-    tail = Tail(module, stack, found, space_of(output, module, stack.batch, stack.positions))
+    tokens = found.template.tokens is not None
+    tail = Tail(module, stack, found, space_of(output, module, stack.batch, stack.positions, tokens=tokens))
     tail.texts = texts
     return tail
 

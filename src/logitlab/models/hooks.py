@@ -90,6 +90,18 @@ class Taps:
             self._undo.append(undo)
 
 
+def collect(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Run the hooks of a module by which transformers collects ``hidden_states``, and no others.
+
+    A declared rule: a module that is answered for runs no hooks, since somebody's hook may edit its output
+    and the answer has been edited already. These only look, and models whose head works on all layers'
+    states (``use_weighted_layer_sum``, backbones) cannot go on without what they collect.
+    """
+    for hook in list(module._forward_hooks.values()):  # pyright: ignore[reportPrivateUsage]
+        if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+            hook(module, args, output)
+
+
 def first_tensor(value: Any) -> torch.Tensor | None:
     """The first floating-point tensor of a module's output (a tensor, tuple, list or mapping)."""
     if isinstance(value, torch.Tensor):

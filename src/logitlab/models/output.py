@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from logitlab.errors import ModelError
+
 _FIELDS = ("logits", "prediction_logits", "logits_per_image", "logits_per_video")
 """Names under which models return their last step's result, in the order in which they are tried."""
 
@@ -21,11 +23,13 @@ class Output:
         boxes: [batch, queries, 4] as fractions of the picture (centre x, centre y, width, height),
             from detectors; else None.
         name: the field that the logits came from.
+        is_map: whether they were a picture, [batch, columns, height, width]: positions are its pixels.
     """
 
     logits: torch.Tensor
     boxes: torch.Tensor | None = None
     name: str = "logits"
+    is_map: bool = False
 
     @property
     def rows(self) -> torch.Tensor:
@@ -61,21 +65,25 @@ class Space:
     activation: str = "softmax"
 
 
-def output_of(value: Any, *, texts: bool = False) -> Output | None:
+def output_of(value: Any, *, texts: bool = False, pixels: bool = False) -> Output | None:
     """The logits (and boxes) in what a model returns, or None if there are none.
 
     Args:
         value: a model's output.
         texts: of an image-text model, take texts against pictures instead of pictures against texts.
+        pixels: the model was given a picture and no text, so that four axes are a map of the picture.
     """
     if isinstance(value, torch.Tensor):
-        return Output(value)
+        is_map = value.ndim == 4 and pixels
+        return Output(value.flatten(2).transpose(1, 2) if is_map else value, is_map=is_map)
     fields = ("logits_per_text",) if texts else _FIELDS
     for name in fields:
         found = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
         if isinstance(found, torch.Tensor) and found.is_floating_point():
+            is_map = found.ndim == 4 and pixels
+            found = found.flatten(2).transpose(1, 2) if is_map else found
             boxes = getattr(value, "pred_boxes", None)
-            return Output(found, boxes if isinstance(boxes, torch.Tensor) else None, name)
+            return Output(found, boxes if isinstance(boxes, torch.Tensor) else None, name, is_map)
     return None if texts else _unnamed(value)
 
 
@@ -92,41 +100,57 @@ def _unnamed(value: Any) -> Output | None:
         return Output(found, None, "last_hidden_state")
     if found.ndim == 4 and found.shape[1] == 1 and bool(((found >= 0) & (found <= 1)).all()):
         p = found.float().clamp(1e-7, 1 - 1e-7)
-        return Output(torch.log(p / (1 - p)).flatten(1).unsqueeze(-1), None, "last_hidden_state")
+        return Output(torch.log(p / (1 - p)).flatten(1).unsqueeze(-1), None, "last_hidden_state", True)
     return None
 
 
-def space_of(output: Output, module: nn.Module, batch: int, positions: int) -> Space:
+def space_of(output: Output, module: nn.Module, batch: int, positions: int, *, tokens: bool = True) -> Space:
     """Name the space of an output of a stack with ``batch`` items of ``positions`` positions.
 
     A vocabulary is told from classes by its size: it has as many columns as the model embeds tokens.
+
+    Args:
+        output: the model's output on its example.
+        module: the model.
+        batch: items in the stack's batch.
+        positions: positions of the stack's state.
+        tokens: whether token ids go into the model.
+
+    Raises:
+        ModelError: the columns are neither a vocabulary nor labels (pixels that are painted in, say).
     """
     size = int(output.logits.shape[-1])
     rows = output.logits.numel() // size
     # one answer for the input has no axis of positions: [batch, columns]
     if output.logits.ndim == 2 and rows == batch and (positions > 1 or output.logits.shape[0] == batch):
         per = "input"
-    elif rows == batch * positions:
+    elif rows == batch * positions and not output.is_map:
         per = "position"
     else:
         per = "output"
     config: Any = getattr(module, "config", None)
+    labels = getattr(config, "num_labels", None)
     if output.boxes is not None:
-        # a softmax detector has one more column, "nothing here"; focal-loss detectors do not
-        labels = getattr(config, "num_labels", None)
-        return Space("boxes", size, per, "sigmoid" if labels == size else "softmax")
+        # a softmax detector has one more column than labels, "nothing here"; focal-loss detectors do not,
+        # and those with an open vocabulary have one for each text
+        known = isinstance(labels, int) and size == labels + 1
+        return Space("boxes", size, per, "softmax" if known else "sigmoid")
     if output.name.startswith("logits_per_"):
         # a bias on the similarity comes with the sigmoid loss (SigLIP); CLIP has a temperature only
         biased = any(name.rpartition(".")[2] == "logit_bias" for name, _ in module.named_parameters())
         return Space("concepts", size, per, "sigmoid" if biased else "softmax")
-    if output.name == "last_hidden_state" and output.logits.ndim == 3:
+    if output.is_map and size == 1:
         return Space("map", size, "output", "sigmoid")
-    several = getattr(config, "problem_type", None) == "multi_label_classification"
-    if size in _vocabulary_sizes(module, config):
+    # one column has nothing to exclude: a reward, or yes and no
+    several = size == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
+    if not output.is_map and per != "input" and size in _vocabulary_sizes(module, config):
         return Space("vocabulary", size, per)
-    if per == "input" or getattr(config, "num_labels", None) == size:
-        return Space("classes", size, per, "sigmoid" if several else "softmax")
-    return Space("vocabulary", size, per)
+    if config is not None and not tokens and per != "input" and labels != size:
+        raise ModelError(
+            f"{type(module).__name__} gives {size} numbers at each position that are neither a vocabulary nor its "
+            f"{labels} labels: there is nothing to name them by"
+        )
+    return Space("classes", size, per, "sigmoid" if several else "softmax")
 
 
 def _vocabulary_sizes(module: nn.Module, config: Any) -> set[int]:

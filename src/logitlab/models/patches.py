@@ -38,6 +38,9 @@ def token_patches(module: nn.Module, processor: Any, ids: Sequence[int], extra: 
         sizes = [(int(t) * int(h) // merge, int(w) // merge) for t, h, w in grids.tolist()]
     else:
         runs = _pictures_apart(places, extra.get("pixel_values"))
+        pixels = extra.get("pixel_values")
+        if isinstance(pixels, torch.Tensor) and pixels.ndim >= 4 and pixels.shape[-1] != pixels.shape[-2]:
+            return []  # not square, and nothing says how many patches stand in a line
         sizes = [(side, side) for run in runs if (side := math.isqrt(len(run))) ** 2 == len(run)]
         if len(sizes) != len(runs):
             return []
@@ -109,6 +112,8 @@ def state_patches(module: nn.Module, stack: Stack, inputs: Mapping[str, Any], sh
         in_rows = top == list(range(first, first + columns))
         if in_rows and left == list(range(first, first + rows * columns, columns)):
             return _filled(rows, columns, first)
+    if top and left and not (len(top) == len(left) == count):
+        return NONE  # the patches were seen, and they lie in another order
     return next((_filled(*pair) for pair in _told(module, stack, inputs) if math.prod(pair) == count), NONE)
 
 

@@ -69,6 +69,7 @@ class Tail:
         self.head_module: nn.Module | None = None
         self.head: Head | None = None
         self.texts = False
+        self.pixels = found.template.pixels
         self._run = found.run(stack)
         # An encoder is left out as a whole: the outermost module around it that does not hold this stack.
         others = [s.container for s in found.stacks if s is not stack and s.end < stack.start]
@@ -98,7 +99,7 @@ class Tail:
         """
         with Taps() as taps:
             value = self._replay(taps, state, self._run if run is None else run)
-        output = output_of(value, texts=self.texts)
+        output = output_of(value, texts=self.texts, pixels=self.pixels)
         if output is None:
             raise ModelError("the short-circuited model returned no logits")
         return output
@@ -130,7 +131,7 @@ class Tail:
             raise ModelError(f"{self.stack.name} is decoded by whole states only: {self.space.per} answers")
         with Taps() as taps:
             value = self._replay(taps, hidden)
-        output = output_of(value, texts=self.texts)
+        output = output_of(value, texts=self.texts, pixels=self.pixels)
         if output is None:
             raise ModelError("the short-circuited model returned no logits")
         return output.logits.reshape(hidden.shape[0], -1).float()
@@ -158,7 +159,7 @@ class Tail:
 
     def _one_concept(self, run: Run) -> bool:
         """Whether there is one concept only: repeating what has one item would repeat it too."""
-        own = output_of(run.output, texts=self.texts) if self.space.name == "concepts" else None
+        own = output_of(run.output, texts=self.texts, pixels=self.pixels) if self.space.name == "concepts" else None
         return own is not None and own.logits.shape[-1] == 1
 
     def _decode_batch(self, rows: torch.Tensor, run: Run) -> torch.Tensor:
@@ -335,7 +336,7 @@ class Tail:
         with Taps() as taps:
             taps.replace(head, answer)
             output = self._replay(taps, hidden)
-        found = output_of(output, texts=self.texts)
+        found = output_of(output, texts=self.texts, pixels=self.pixels)
         if found is None or found.logits.numel() != z.numel():
             return None
         return found.logits.reshape(z.shape).float()

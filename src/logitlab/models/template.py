@@ -78,6 +78,12 @@ class Template:
         return self.tokens is not None and not floats
 
     @property
+    def pixels(self) -> bool:
+        """Whether a picture goes in, and no text."""
+        maps = any(isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim == 4 for v in self.inputs.values())
+        return maps and self.tokens is None
+
+    @property
     def lengths(self) -> frozenset[int]:
         """Numbers of tokens in the template's sequences."""
         names = ("decoder_input_ids", "input_ids")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from logitlab.models.hooks import Taps, hidden_input
+from logitlab.models.hooks import Taps, collect, hidden_input
 
 
 @dataclass
@@ -154,7 +154,9 @@ def answer_from(record: list[Any], module: nn.Module) -> Callable[..., Any]:
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         for output in queue:
-            return copied(output)
+            answered = copied(output)
+            collect(module, args, answered)
+            return answered
         return nn.Module._call_impl(module, *args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
     return answer

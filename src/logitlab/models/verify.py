@@ -55,6 +55,10 @@ class Check:
         return f"{self.name} {mark}{numbers}{'; ' + self.note if self.note else ''}"
 
 
+class UnrelatedStackError(VerificationError):
+    """A stack is not on the way to the answer; another one may be."""
+
+
 Judgement = tuple[tuple[Check, ...], dict[str, int], dict[str, str]]
 """The checks, the site kinds that are offered (in how many layers), and why others are not."""
 
@@ -196,7 +200,7 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
         VerificationError: the tail does not reproduce the model's answer, or does not depend on the stack.
     """
     last = first_tensor(tail.run.blocks[-1])
-    own = output_of(tail.run.output, texts=tail.texts)
+    own = output_of(tail.run.output, texts=tail.texts, pixels=tail.pixels)
     assert last is not None
     assert own is not None
     truth = own.flat
@@ -223,7 +227,7 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
             f"{error:.2g} where rounding explains {allowed:.1g}; this model cannot be read"
         )
     if not max_difference(tail.output(_moved(last, 6)).flat, truth) > allowed:
-        raise VerificationError(
+        raise UnrelatedStackError(
             f"the model's answer does not depend on the last state of {tail.stack.name}: it leads somewhere else"
         )
     note = _verify_rows(tail, last, own, allowed)
@@ -254,8 +258,16 @@ def _verify_rows(tail: Tail, last: torch.Tensor, own: Output, allowed: float) ->
             tail.alone = True
             return "token by token"
         tail.alone = _alone(tail, last, own, allowed)
-        shifted = rows.roll(1, 0)  # a row means the same at another position
-        if tail.alone and _agrees(tail, "states", shifted, own.rows.roll(1, 0), allowed):
+        # A row must mean the same at another position and in other company.
+        shifted = torch.cat([rows[-1:], _moved(10 * rows, 9), rows[:-1]])
+        expected = torch.cat([own.rows[-1:], own.rows[:-1]])
+        n = len(rows)
+        tail.by = "states"
+        mixed = tail.logits(shifted) if tail.alone else None
+        kept = None if mixed is None else torch.cat([mixed[:1], mixed[n + 1 :]])
+        if kept is None or not max_difference(kept, expected.to(kept.device)) <= allowed:
+            tail.by = None
+        else:
             tail.batched = _batch_agrees(tail, rows, allowed)
             return "position by position"
     else:
