@@ -45,3 +45,13 @@ def test_loading_runs_each_block_once(task: str, kind: str) -> None:
     assert min(calls.values()) > 1
     for hook in hooks:
         hook.remove()
+
+
+def test_a_tower_beside_the_one_that_is_read_runs_twice_at_most() -> None:
+    """Once in the pass, and once to see that it does not depend on the other."""
+    module: Any = zoo.build("zero-shot-image-classification", "clip")
+    calls: list[int] = []
+    leaf = next(m for m in module.text_model.modules() if isinstance(m, nn.Linear))
+    leaf.register_forward_hook(lambda *_: calls.append(1))
+    ll.wrap(module)
+    assert len(calls) == 2

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,6 +76,15 @@ class Tail:
         others = [s.container for s in found.stacks if s is not stack and s.end < stack.start]
         self._skipped = [call for call in self._run.upstream if any(f"{o}.".startswith(f"{call[0]}.") for o in others)]
 
+        # Stacks that begin later but may not depend on this one (the other tower of CLIP), as a whole.
+        later = [s.container for s in found.stacks if s is not stack and s.start > stack.start]
+        mine = f"{stack.container}."
+        self._later = [
+            call
+            for call in found.trace.upstream(2**62, since=stack.start)
+            if any(f"{o}.".startswith(f"{call[0]}.") for o in later) and not mine.startswith(f"{call[0]}.")
+        ]
+
     @property
     def vocab_size(self) -> int:
         """Number of columns of the space."""
@@ -84,6 +94,28 @@ class Tail:
     def run(self) -> Run:
         """The recorded pass over the template."""
         return self._run
+
+    def moved(self, state: torch.Tensor) -> Output:
+        """`output` of a state that is not the model's own, over the template.
+
+        What comes out of later stacks unchanged does not depend on this one, and is taken from the
+        record from now on.
+        """
+        seen: dict[int, list[Any]] = {}
+        modules = {id(module): module for _, module, _ in self._later}
+        with Taps() as taps:
+            for key, module in modules.items():
+                taps.after(module, _noting(seen.setdefault(key, [])))
+            value = self._replay(taps, state, self._run)
+        recorded: dict[int, list[Any]] = {}
+        for _, module, output in self._later:
+            recorded.setdefault(id(module), []).append(output)
+        same = {key for key in modules if _alike(seen[key], recorded[key])}
+        self._run = replace(self._run, beside=tuple(call for call in self._later if id(call[1]) in same))
+        output = output_of(value, texts=self.texts, pixels=self.pixels)
+        if output is None:
+            raise ModelError("the short-circuited model returned no logits")
+        return output
 
     # -- in context ----------------------------------------------------------------------------
 
@@ -179,6 +211,7 @@ class Tail:
             run.output,
             tuple((path, module, repeated(output)) for path, module, output in run.upstream),
             run.blocks,
+            tuple((path, module, repeated(output)) for path, module, output in run.beside),
         )
         output = self.output(self.stack.layout.state(rows.reshape(-1, rows.shape[-1]), shape), wide)
         return output.logits.detach().reshape(n, -1, output.logits.shape[-1]).float()
@@ -186,7 +219,7 @@ class Tail:
     def _replay(self, taps: Taps, hidden: torch.Tensor, run: Run | None = None) -> Any:
         """Run the model short-circuited: on ``n`` one-token rows, or on a whole state in a recorded pass."""
         if run is not None:
-            play(taps, run.upstream)
+            play(taps, (*run.upstream, *run.beside))
             _recall(taps, self.stack, run, hidden)
             with torch.no_grad():
                 return self.module(**run.inputs)
@@ -349,6 +382,28 @@ def _rounded(value: float) -> float:
         if abs(short - value) <= 2e-6 * abs(value):
             return short
     return value
+
+
+def _noting(found: list[Any]) -> Any:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append(copied(output))
+
+    return note
+
+
+def _alike(left: Any, right: Any) -> bool:
+    """Whether two outputs hold equal tensors."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        ours: dict[Any, Any] = left
+        theirs: dict[Any, Any] = right
+        return ours.keys() == theirs.keys() and all(_alike(ours[k], theirs[k]) for k in ours)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        mine: list[Any] = list(left)
+        others: list[Any] = list(right)
+        return len(mine) == len(others) and all(map(_alike, mine, others))
+    return type(left) is type(right)
 
 
 def _by_module(stack: Stack) -> list[list[int]]:

@@ -50,12 +50,14 @@ class Run:
         upstream: calls that ended before the stack began, none inside another, in order: path of the
             module, the module, what it returned.
         blocks: what each block of the stack returned.
+        beside: calls that ended later, in the same form, but were seen not to depend on the stack.
     """
 
     inputs: Mapping[str, Any]
     output: Any = field(repr=False)
     upstream: tuple[tuple[str, nn.Module, Any], ...] = field(repr=False)
     blocks: tuple[Any, ...] = field(repr=False)
+    beside: tuple[tuple[str, nn.Module, Any], ...] = field(default=(), repr=False)
 
 
 def copied(value: Any) -> Any:
@@ -133,9 +135,14 @@ class Trace:
         taps.before(module, enter)
         taps.after(module, leave)
 
-    def upstream(self, start: int) -> tuple[tuple[str, nn.Module, Any], ...]:
-        """Calls that had ended at an event, none inside another, in the order of their beginning."""
-        ended = sorted((c for c in self.calls if 0 <= c.end < start), key=lambda c: c.start)
+    def upstream(self, start: int, since: int = 0) -> tuple[tuple[str, nn.Module, Any], ...]:
+        """Calls that had ended at an event, none inside another, in the order of their beginning.
+
+        Args:
+            start: the event.
+            since: leave out calls that began before this event.
+        """
+        ended = sorted((c for c in self.calls if since <= c.start and 0 <= c.end < start), key=lambda c: c.start)
         outermost: list[Call] = []
         for call in ended:
             if not outermost or call.start > outermost[-1].end:

@@ -214,6 +214,7 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
         )
     allowed = tolerance(dtype, finite_size(truth))
     try:
+        elsewhere = tail.moved(_moved(last, 6)).flat
         replayed = tail.output(last).flat
     except FORWARD_ERRORS as failure:
         raise VerificationError(
@@ -226,7 +227,7 @@ def verify_tail(tail: Tail, dtype: torch.dtype) -> tuple[Check, Check]:
             f"the short-circuited tail of {tail.stack.name} does not give the model's own logits: they differ by "
             f"{error:.2g} where rounding explains {allowed:.1g}; this model cannot be read"
         )
-    if not max_difference(tail.output(_moved(last, 6)).flat, truth) > allowed:
+    if not max_difference(elsewhere, truth) > allowed:
         raise UnrelatedStackError(
             f"the model's answer does not depend on the last state of {tail.stack.name}: it leads somewhere else"
         )
@@ -333,6 +334,7 @@ def _alone(tail: Tail, last: torch.Tensor, own: Output, allowed: float) -> bool:
         run.output,
         tuple((path, module, disturbed(output)) for path, module, output in run.upstream),
         tuple(map(disturbed, run.blocks)),  # the last one hands on ``last`` itself
+        run.beside,
     )
     try:
         return max_difference(tail.output(last, noisy).flat, own.flat) <= allowed
