@@ -147,7 +147,9 @@ class Tiny(nn.Module):
 def space(
     shape: tuple[int, ...], module: nn.Module, positions: int = 7, *, name: str = "logits", boxes: bool = False
 ) -> tuple[str, int, str, str]:
-    output = Output(torch.zeros(shape), torch.zeros(*shape[:-1], 4) if boxes else None, name)
+    output = Output(
+        torch.zeros(shape), torch.zeros(*shape[:-1], 4) if boxes else None, name, name == "last_hidden_state"
+    )
     found = space_of(output, module, 1, positions)
     return found.name, found.size, found.per, found.activation
 

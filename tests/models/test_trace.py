@@ -28,7 +28,8 @@ def record(module: nn.Module, *args: Any, within: str | None = None, **kwargs: A
 def untouched(module: nn.Module) -> bool:
     """Whether no hook and no answer is left on any part."""
     return all(
-        not m._forward_hooks
+        # transformers leaves hooks of its own on a model whose hidden states were once asked for
+        all(getattr(h, "__module__", "") == "transformers.utils.output_capturing" for h in m._forward_hooks.values())
         and not m._forward_pre_hooks
         and "_call_impl" not in vars(m)
         and not m._forward_hooks_with_kwargs

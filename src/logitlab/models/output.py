@@ -133,8 +133,8 @@ def space_of(output: Output, module: nn.Module, batch: int, positions: int, *, t
     if output.boxes is not None:
         # a softmax detector has one more column than labels, "nothing here"; focal-loss detectors do not,
         # and those with an open vocabulary have one for each text
-        known = isinstance(labels, int) and size == labels + 1
-        return Space("boxes", size, per, "softmax" if known else "sigmoid")
+        closed = isinstance(labels, int) and size == labels + 1
+        return Space("boxes", size, per, "softmax" if closed else "sigmoid")
     if output.name.startswith("logits_per_"):
         # a bias on the similarity comes with the sigmoid loss (SigLIP); CLIP has a temperature only
         biased = any(name.rpartition(".")[2] == "logit_bias" for name, _ in module.named_parameters())
@@ -143,7 +143,10 @@ def space_of(output: Output, module: nn.Module, batch: int, positions: int, *, t
         return Space("map", size, "output", "sigmoid")
     # one column has nothing to exclude: a reward, or yes and no
     several = size == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
-    if not output.is_map and per != "input" and size in _vocabulary_sizes(module, config):
+    known = _vocabulary_sizes(module, config)
+    padded = per != "input" and labels != size and bool(known) and size >= max(known)  # rows that no token has
+    words = (size in known and (tokens or per != "input")) or (tokens and padded)
+    if words and not output.is_map:
         return Space("vocabulary", size, per)
     if config is not None and not tokens and per != "input" and labels != size:
         raise ModelError(

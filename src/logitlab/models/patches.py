@@ -112,7 +112,7 @@ def state_patches(module: nn.Module, stack: Stack, inputs: Mapping[str, Any], sh
         in_rows = top == list(range(first, first + columns))
         if in_rows and left == list(range(first, first + rows * columns, columns)):
             return _filled(rows, columns, first)
-    if top and left and not (len(top) == len(left) == count):
+    if top and left and len(top) * len(left) <= count:  # nothing is mixed yet
         return NONE  # the patches were seen, and they lie in another order
     return next((_filled(*pair) for pair in _told(module, stack, inputs) if math.prod(pair) == count), NONE)
 
