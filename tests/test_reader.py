@@ -165,7 +165,7 @@ def test_a_vocabulary_filter(default_model: ll.Model) -> None:
 
 
 def test_targets_are_explained_not_guessed(default_model: ll.Model) -> None:
-    from logitlab.reader import resolve_targets, target_notes
+    from logitlab.targets import resolve_targets, target_notes
 
     (paris,) = resolve_targets(default_model, " Paris")
     (bare,) = resolve_targets(default_model, "Paris")

@@ -181,7 +181,7 @@ def read(
         handle = _load(model, dtype, placed, stack, allow_pickle, trust_remote_code, say)
         say("reading")
         from logitlab.reader import read as read_model
-        from logitlab.reader import target_notes
+        from logitlab.targets import target_notes
 
         reading = read_model(
             handle,

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new one, never half of either."""
+"""Where logitlab keeps its files, and how they are written: a reader finds the old content or the new one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from logitlab.errors import InputError
+
+
+def cache_folder() -> Path:
+    """``$LOGITLAB_CACHE``, else ``logitlab`` in the user's cache folder."""
+    own = os.environ.get("LOGITLAB_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "logitlab"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:

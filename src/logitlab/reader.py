@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -15,26 +14,29 @@ import torch
 from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
-from logitlab.logits import Statistics, statistics
+from logitlab.logits import Asked, Statistics, statistics
+from logitlab.logits.choose import check_precision, choose
 from logitlab.logits.independent import independent
-from logitlab.models.capture import Activations, by_tokens, capture_encoded, select_positions
+from logitlab.logits.statistics import TOLERANCE
+from logitlab.models.capture import Activations, activations_of, by_tokens, keys_of, select_positions
 from logitlab.models.encoder import concept_labels
 from logitlab.models.handle import Model
-from logitlab.models.inputs import Encoded, check_text, whole_number
+from logitlab.models.inputs import Encoded, whole_number
+from logitlab.models.passes import PASS_TOKENS, parts
 from logitlab.models.patches import token_patches
 from logitlab.models.sites import Site
 from logitlab.models.verify import finite_size, tolerance
 from logitlab.models.vocabulary import ColumnLabels, Vocabulary
 from logitlab.reading import Array, Prompt, Reading, Target
 from logitlab.states import StateReading, check_concepts, pictures_of, read_states
+from logitlab.table import Table
+from logitlab.targets import VocabularyFilter, allowed_columns, resolve_targets
 
 DECODE_ROWS = 4096
 """Rows whose head inputs are held at once."""
 
-GROUP_POSITIONS = 4096
-"""Positions whose hidden states are held at once (more only where one prompt is longer)."""
-
-VocabularyFilter = Callable[[str], bool] | Sequence[int] | torch.Tensor
+STATISTICS = ("entropy", "kl")
+"""Statistics that can be left out of a reading."""
 
 
 def read(
@@ -46,11 +48,15 @@ def read(
     positions: int | slice | Sequence[int] | None = None,
     target: str | int | Sequence[str | int] | None = None,
     top_k: int = 5,
+    statistics: str | Iterable[str] = STATISTICS,
     vocabulary: VocabularyFilter | None = None,
     decoder: Any = None,
     concepts: Sequence[Any] | None = None,
     batch_tokens: int | None = None,
-    backend: str = "tiled",
+    share_prefixes: bool | None = None,
+    precision: str = "exact",
+    max_error: float = TOLERANCE,
+    backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Reading:
     """Decode hidden states of a model into statistics over what its own last step gives.
@@ -75,6 +81,7 @@ def read(
         target: tokens whose log-probability and rank are wanted, as text that is one token, or ids; of
             classes and concepts their names, or numbers.
         top_k: how many of the most likely tokens to keep in each cell.
+        statistics: which of ``entropy`` and ``kl`` are wanted; what is not wanted is not computed.
         vocabulary: which tokens are ranked: a function of a token's label, or ids. Only ranking is
             restricted; probabilities stay normalised over the whole vocabulary.
         decoder: text or ids that the decoder of an encoder-decoder model has already written.
@@ -82,7 +89,15 @@ def read(
         batch_tokens: put several prompts into one padded, masked forward pass of at most this many
             tokens; by default each has its own, so that its numbers do not depend on its company
             (see `logitlab.capture`).
-        backend: ``"tiled"``, or ``"reference"`` for plain float64.
+        share_prefixes: whether tokens that several prompts begin with go through the model once (32 or more of
+            them, and only where the model was proved to go on from its cache as it would have without a
+            break). Sums are then of other shapes, so a prompt's numbers can differ from those that it has
+            alone, by what rounding does. By default in float32, where that is not seen, and not in half
+            precision.
+        precision: ``"exact"``, ``"screened"`` or ``"auto"``, see `logitlab.logits.statistics`. A screened reading
+            has an array ``bound``: what screening can have added to the error of each cell, in nats.
+        max_error: nats by which screened statistics may be off.
+        backend: ``"auto"``, or one of `logitlab.logits.BACKENDS`.
         progress: called with the numbers of decoded rows done and in all.
 
     Returns:
@@ -108,10 +123,31 @@ def read(
     if model.space.name == "concepts":
         columns = ColumnLabels(concept_labels(concepts, _n_concepts(model, prompts)))
     targets = resolve_targets(model, target, columns)
-    allowed = _allowed(columns, vocabulary)
-    provenance = _provenance(model, chosen, lens, top_k, vocabulary is not None, backend, batch_tokens)
+    wanted = _wanted(statistics)
+    check_precision(precision)
+    if not max_error > 0:
+        raise InputError(f"max_error is {max_error}; it is a number of nats above 0")
+    asked = Asked(
+        top_k=top_k,
+        targets=torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None,
+        allowed=allowed_columns(columns, vocabulary),
+        entropy="entropy" in wanted,
+        kl="kl" in wanted,
+        precision=precision,
+        tolerance=max_error,
+        backend=backend,
+    )
+    settings: dict[str, Any] = {
+        "top_k": top_k,
+        "statistics": list(wanted),
+        "vocabulary_filter": vocabulary is not None,
+        "batch_tokens": batch_tokens,
+        "backend": backend,
+        "precision": precision,
+        "seed": torch.initial_seed(),
+    }
+    provenance = _provenance(model, chosen, lens, settings)
     if not by_tokens(model, prompts):
-        ids = torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None
         found: list[StateReading] = []
         for n, prompt in enumerate(prompts):
             with model.exclusive():
@@ -122,34 +158,38 @@ def read(
                         chosen,
                         lambda count, n=n: select_positions(positions, count, n),
                         lens=lens,
-                        targets=ids,
-                        top_k=top_k,
-                        allowed=allowed,
-                        backend=backend,
+                        asked=asked,
                     )
                 )
             if progress is not None:
                 progress(n + 1, len(prompts))
         return _reading_of_states(prompts, found, chosen, targets, columns, provenance)
+    settings["backend"] = choose(backend, model.tail.source)
+    settings["share_prefixes"] = _shares(model) if share_prefixes is None else share_prefixes
     where = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
-    total = len(chosen) * sum(len(w) for w in where)
-    results: list[Statistics] = []
-    done = 0
-
-    def tell(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, total)
-
-    for group in _groups(where):
-        activations = capture_encoded(model, prompts[group], chosen, where[group], batch_tokens)
-        _check_finite(activations, group.start)
+    table = Table(where, len(chosen))
+    passes = parts(
+        model,
+        prompts,
+        keys_of(model, chosen),
+        where,
+        batch_tokens=batch_tokens,
+        share=settings["share_prefixes"],
+    )
+    for part in passes:
+        activations = activations_of(model, part, prompts, chosen)
+        _check_finite(activations, part.owners)
         with model.exclusive():
-            _check_answers(model, activations, group.start)
-            results.append(_decode(model, activations, lens, targets, top_k, allowed, backend, tell))
-    result = Statistics.join(results, dim=1)
-    arrays = _arrays(result, where, len(chosen))
+            _check_answers(model, activations, part.owners)
+            for rows, result in _decoded(model, activations, lens, asked):
+                table.put(part, rows, result)
+                if progress is not None:
+                    progress(table.done * len(chosen), table.total * len(chosen))
+    settings["pass_tokens"] = PASS_TOKENS if model.continues else None
+    if "bound" in table.arrays:
+        settings["max_error"] = max_error
+        settings["error_bound"] = float(np.nanmax(table.arrays["bound"]))
+    arrays = table.arrays
     return Reading(
         prompts=tuple(_prompt(model, p, w) for p, w in zip(prompts, where, strict=True)),
         sites=tuple(map(str, chosen)),
@@ -159,6 +199,27 @@ def read(
         provenance=provenance,
         completions=_completions(model, prompts, where, arrays["top_id"]),
     )
+
+
+def _wanted(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The statistics that a caller names, in the order of `STATISTICS`."""
+    given = [names] if isinstance(names, str) else list(names)
+    bad = next((name for name in given if name not in STATISTICS), None)
+    if bad is not None:
+        raise InputError(
+            f"unknown statistic {bad!r}: there are {', '.join(STATISTICS)}; top tokens are always there, and "
+            "target= adds log-probabilities and ranks"
+        )
+    return tuple(name for name in STATISTICS if name in given)
+
+
+def _shares(model: Model) -> bool:
+    """Whether tokens that prompts begin with in common are run once unless the caller says otherwise.
+
+    Sums of other shapes round differently. In float32 nothing of that is seen in a reading; in half precision it
+    is, and a prompt's numbers would depend on its company.
+    """
+    return model.dtype in (torch.float32, torch.float64)
 
 
 def _labels(columns: Vocabulary, arrays: Mapping[str, Array], targets: Sequence[Target]) -> dict[int, str]:
@@ -184,10 +245,10 @@ def _reading_of_states(
     provenance: Mapping[str, Any],
 ) -> Reading:
     where = [r.positions for r in found]
-    arrays = _arrays(Statistics.join([r.statistics for r in found], dim=1), where, len(sites))
-    if all(r.boxes is not None for r in found):
-        boxes = torch.cat([r.boxes for r in found if r.boxes is not None], dim=1)
-        arrays["box"] = _table(boxes, np.float32, where, len(sites))
+    table = Table(where, len(sites))
+    for n, one in enumerate(found):
+        table.put_prompt(n, one.statistics, one.boxes)
+    arrays = table.arrays
     return Reading(
         prompts=tuple(
             Prompt(p.text, p.ids, r.tokens, r.positions, r.pictures) for p, r in zip(prompts, found, strict=True)
@@ -200,13 +261,88 @@ def _reading_of_states(
     )
 
 
+def _check_finite(activations: Activations, owners: Sequence[Sequence[int]]) -> None:
+    """Say where hidden states stop being finite: the first site, then the first prompt and position."""
+    first_sites = {(site.layer, site.kind): site for site in reversed(activations.sites)}  # heads share one tensor
+    for key, site in sorted(first_sites.items(), key=lambda item: item[1].order):
+        rows = activations.kept[key]
+        bad = (~torch.isfinite(rows).all(dim=-1)).nonzero()
+        if bad.numel():
+            row = int(bad[0])
+            for n, prompts in enumerate(owners):
+                part = activations.rows_of(n)
+                if part.start <= row < part.stop:
+                    position = activations.positions[n][row - part.start]
+                    raise ModelError(
+                        f"hidden states are NaN or infinite from site {site} on "
+                        f"(prompt {prompts[0]}, position {position}): "
+                        "load the model in float32, or look at its weights"
+                    )
+
+
+def _check_answers(model: Model, activations: Activations, owners: Sequence[Sequence[int]]) -> None:
+    """The tail must go on from the last states as the model itself did, for these very prompts."""
+    if activations.answers is None:
+        return
+    last = torch.tensor([activations.rows_of(n).stop - 1 for n in range(len(owners))])
+    states = _final_states(activations, model)
+    states = states[last.to(states.device)]
+    tail = model.tail
+    ours = (tail.logits(states) if tail.head is None else tail.head_input(states)).to(activations.answers.device)
+    gaps = (ours.double() - activations.answers.double()).abs().amax(1)
+    for n, gap in enumerate(gaps):
+        if not float(gap) <= tolerance(model.dtype, finite_size(activations.answers[n].float())):
+            raise VerificationError(
+                f"the last state of prompt {owners[n][0]} decoded is not what the model itself goes on with (they "
+                f"differ by {float(gap):.2g}): for this input the model does something else than on the few tokens "
+                "that it was verified with; this reading would be wrong"
+            )
+
+
+def _decoded(model: Model, activations: Activations, lens: Lens, asked: Asked) -> Iterator[tuple[slice, Statistics]]:
+    """Statistics [sites, rows] of all sites against the last one, for a few rows of a pass at a time."""
+    sites = activations.sites
+    n_rows = sum(len(p) for p in activations.positions)
+    wide = max(1, DECODE_ROWS // max(1, min(len(sites), 64)))
+    wide = wide // 32 * 32 or wide  # whole panels of the native backend
+    tall = max(1, DECODE_ROWS // min(wide, n_rows))
+    for start in range(0, n_rows, wide):
+        rows = slice(start, min(start + wide, n_rows))
+        part = _rows_of(activations, rows)
+        final = model.tail.prepare(_final_states(part, model)) if asked.kl else None
+        stacked: list[Statistics] = []
+        for i in range(0, len(sites), tall):
+            group = sites[i : i + tall]
+            hidden = part.stacked(group)
+            for g, site in enumerate(group):
+                moved = lens.transport(hidden[g], site)
+                if moved.dtype != hidden.dtype:
+                    hidden = hidden.to(torch.promote_types(moved.dtype, hidden.dtype))
+                hidden[g] = moved
+            x = model.tail.prepare(hidden.reshape(-1, hidden.shape[-1]))
+            x = x.reshape(len(group), -1, x.shape[-1])
+            stacked.append(asked.of(x, model.tail.source, None if final is None else final.to(x.device)))
+        yield rows, Statistics.join(stacked, dim=0)
+
+
+def _final_states(activations: Activations, model: Model) -> torch.Tensor:
+    """Hidden states that the model itself decodes (the last block's output), never through a lens."""
+    return activations.kept[model.last_site.layer, model.last_site.kind]
+
+
+def _rows_of(activations: Activations, rows: slice) -> Activations:
+    kept = {key: value[rows] for key, value in activations.kept.items()}
+    return Activations(activations.sites, activations.prompts, activations.positions, kept, activations.projections)
+
+
 def decode(
     model: Model,
     hidden: torch.Tensor,
     *,
     targets: Sequence[int] | None = None,
     top_k: int = 5,
-    backend: str = "tiled",
+    precision: str = "exact",
+    backend: str = "auto",
 ) -> Statistics:
     """Decode any vectors of the residual stream's width: value vectors, steering vectors, directions.
 
@@ -215,6 +351,7 @@ def decode(
         hidden: [rows, width] or [groups, rows, width].
         targets: token ids whose log-probability and rank are wanted.
         top_k: how many of the most likely tokens to keep.
+        precision: as in `read`.
         backend: as in `read`.
 
     Raises:
@@ -239,249 +376,7 @@ def decode(
         flat = model.tail.prepare(hidden.reshape(-1, model.width))
         rows = flat.reshape(*hidden.shape[:-1], flat.shape[-1])
         ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
-        return statistics(rows, model.tail.source, top_k=top_k, targets=ids, backend=backend)
-
-
-def resolve_targets(
-    model: Model, target: str | int | Sequence[str | int] | None, columns: Vocabulary | None = None
-) -> list[Target]:
-    """The tokens, classes or concepts that a caller names, as text or as ids.
-
-    Args:
-        model: the model.
-        target: what the caller gave.
-        columns: labels of the output's columns; by default the model's.
-
-    Raises:
-        InputError: an id is not in the vocabulary, or a text is not exactly one token; the message
-            lists the tokens and what the text would be with or without a space before it.
-    """
-    if target is None:
-        return []
-    columns = model.columns if columns is None else columns
-    single: Any = target
-    alone = isinstance(single, str) or not hasattr(single, "__iter__") or getattr(single, "ndim", 1) == 0
-    items: list[Any] = [single] if alone else list(single)
-    found: list[Target] = []
-    for item in items:
-        if not isinstance(item, str):
-            number = whole_number(item, "target")
-        else:
-            number = _one_column(columns, item) if isinstance(columns, ColumnLabels) else _one_token(model, item)
-        if not 0 <= number < columns.size:
-            raise InputError(f"target id {number} is not in the vocabulary (0 to {columns.size - 1})")
-        if number not in [t.id for t in found]:
-            found.append(Target(number, columns.label(number)))
-    return found
-
-
-def target_notes(model: Model, targets: Sequence[Target]) -> list[str]:
-    """A sentence for every target that is another token with, or without, a space before it."""
-    notes: list[str] = []
-    for t in targets:
-        other = t.token[1:] if t.token.startswith(" ") else f" {t.token}"
-        ids = _ids(model, other) if model.tokenizer is not None and other.strip() else []
-        if len(ids) == 1 and ids[0] != t.id:
-            notes.append(f"target {t.token!r} is token {t.id}; {other!r} is another token, {ids[0]}")
-    return notes
-
-
-def _one_column(columns: ColumnLabels, text: str) -> int:
-    """The class or concept that a text names: exactly, or as a word of only one of them."""
-    wanted = text.strip().lower()
-    names = [name.lower() for name in columns.names]
-    exact = [i for i, name in enumerate(names) if name == wanted]
-    if len(exact) == 1:
-        return exact[0]
-    near = [i for i, name in enumerate(names) if wanted and wanted in re.split(r",\s*", name)]
-    near = near or [i for i, name in enumerate(names) if wanted and wanted in name]
-    if len(near) == 1:
-        return near[0]
-    some = [columns.names[i] for i in (near or range(len(names)))][:8]
-    problem = f"fits {len(near)} of the columns" if near else f"is none of the {len(names)} columns"
-    raise InputError(f"target {text!r} {problem}: {', '.join(some)}{' ...' if len(near or names) > 8 else ''}")
-
-
-def _one_token(model: Model, text: str) -> int:
-    if model.tokenizer is None:
-        raise InputError(f"target {text!r}: this model has no tokenizer, so give a token id (id:N)")
-    if not text:
-        raise InputError("the target is empty: give a token such as ' Paris', or an id")
-    check_text(text, "the target")
-    ids = _ids(model, text)
-    if len(ids) == 1 and model.vocabulary.label(ids[0]) in (text, f" {text}"):
-        return ids[0]
-    pieces = ", ".join(f"{model.vocabulary.label(i)!r} ({i})" for i in ids)
-    other = text[1:] if text.startswith(" ") else f" {text}"
-    hint = _ids(model, other) if other.strip() else []
-    with_or_without = "without" if text.startswith(" ") else "with"
-    advice = (
-        f"{with_or_without} a space before it, {other!r} is one token ({hint[0]})"
-        if len(hint) == 1
-        else "give one of them, or an id"
-    )
-    count = "another token" if len(ids) == 1 else f"{len(ids)} tokens"
-    raise InputError(f"target {text!r} is {count} for this model: {pieces}; {advice}")
-
-
-def _ids(model: Model, text: str) -> list[int]:
-    return [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def _allowed(columns: Vocabulary, vocabulary: VocabularyFilter | None) -> torch.Tensor | None:
-    if vocabulary is None:
-        return None
-    allowed = torch.zeros(columns.size, dtype=torch.bool)
-    if callable(vocabulary) and not isinstance(vocabulary, torch.Tensor):
-        ids = [i for i in range(columns.size) if vocabulary(columns.label(i))]
-    else:
-        values: Any = torch.as_tensor(vocabulary)
-        if values.dtype == torch.bool:
-            if values.shape != allowed.shape:
-                raise InputError(
-                    f"the vocabulary mask has shape {tuple(values.shape)}; the vocabulary has {columns.size} entries"
-                )
-            values = values.nonzero().squeeze(1)
-        if values.is_floating_point():
-            raise InputError("the vocabulary filter holds fractions; give token ids, a boolean mask, or a function")
-        ids = [int(i) for i in values.reshape(-1).tolist()]
-        bad = next((i for i in ids if not 0 <= i < columns.size), None)
-        if bad is not None:
-            raise InputError(f"the vocabulary filter names id {bad}; ids go from 0 to {columns.size - 1}")
-    allowed[ids] = True
-    if not ids:
-        raise InputError("the vocabulary filter leaves no token to rank")
-    return allowed
-
-
-def _groups(where: Sequence[Sequence[int]]) -> Iterator[slice]:
-    """Cut the prompts into runs of at most `GROUP_POSITIONS` positions."""
-    start = size = 0
-    for n, positions in enumerate(where):
-        if n > start and size + len(positions) > GROUP_POSITIONS:
-            yield slice(start, n)
-            start, size = n, 0
-        size += len(positions)
-    yield slice(start, len(where))
-
-
-def _check_finite(activations: Activations, first: int) -> None:
-    """Say where hidden states stop being finite: the first site, then the first prompt and position."""
-    first_sites = {(site.layer, site.kind): site for site in reversed(activations.sites)}  # heads share one tensor
-    for key, site in sorted(first_sites.items(), key=lambda item: item[1].order):
-        rows = activations.kept[key]
-        bad = (~torch.isfinite(rows).all(dim=-1)).nonzero()
-        if bad.numel():
-            row = int(bad[0])
-            for n in range(len(activations.prompts)):
-                part = activations.rows_of(n)
-                if part.start <= row < part.stop:
-                    position = activations.positions[n][row - part.start]
-                    raise ModelError(
-                        f"hidden states are NaN or infinite from site {site} on "
-                        f"(prompt {first + n}, position {position}): "
-                        "load the model in float32, or look at its weights"
-                    )
-
-
-def _check_answers(model: Model, activations: Activations, first: int) -> None:
-    """The tail must go on from the last states as the model itself did, for these very prompts."""
-    if activations.answers is None:
-        return
-    last = torch.tensor([activations.rows_of(n).stop - 1 for n in range(len(activations.prompts))])
-    states = _final_states(activations, model)
-    states = states[last.to(states.device)]
-    tail = model.tail
-    ours = (tail.logits(states) if tail.head is None else tail.head_input(states)).to(activations.answers.device)
-    gaps = (ours.double() - activations.answers.double()).abs().amax(1)
-    for n, gap in enumerate(gaps):
-        if not float(gap) <= tolerance(model.dtype, finite_size(activations.answers[n].float())):
-            raise VerificationError(
-                f"the last state of prompt {first + n} decoded is not what the model itself goes on with (they differ "
-                f"by {float(gap):.2g}): for this input the model does something else than on the few tokens that "
-                "it was verified with; this reading would be wrong"
-            )
-
-
-def _decode(
-    model: Model,
-    activations: Activations,
-    lens: Lens,
-    targets: Sequence[Target],
-    top_k: int,
-    allowed: torch.Tensor | None,
-    backend: str,
-    tell: Callable[[int], None],
-) -> Statistics:
-    """Statistics [sites, rows] of all sites against the last one."""
-    sites = activations.sites
-    n_rows = sum(len(p) for p in activations.positions)
-    ids = torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None
-    per_pass = max(1, DECODE_ROWS // max(1, min(len(sites), 64)))
-    columns: list[Statistics] = []
-    for start in range(0, n_rows, per_pass):
-        rows = slice(start, min(start + per_pass, n_rows))
-        part = _rows_of(activations, rows)
-        final = model.tail.prepare(_final_states(part, model))
-        stacked: list[Statistics] = []
-        tall = max(1, DECODE_ROWS // (rows.stop - rows.start))
-        for i in range(0, len(sites), tall):
-            group = sites[i : i + tall]
-            hidden = part.stacked(group)
-            hidden = torch.stack([lens.transport(h, site) for h, site in zip(hidden, group, strict=True)])
-            x = model.tail.prepare(hidden.reshape(-1, hidden.shape[-1])).reshape(len(group), -1, final.shape[-1])
-            stacked.append(
-                statistics(
-                    x,
-                    model.tail.source,
-                    top_k=top_k,
-                    targets=ids,
-                    allowed=allowed,
-                    reference=final.to(x.device),
-                    backend=backend,
-                )
-            )
-            tell(len(group) * (rows.stop - rows.start))
-        columns.append(Statistics.join(stacked, dim=0))
-    return Statistics.join(columns, dim=1)
-
-
-def _final_states(activations: Activations, model: Model) -> torch.Tensor:
-    """Hidden states that the model itself decodes (the last block's output), never through a lens."""
-    return activations.kept[model.last_site.layer, model.last_site.kind]
-
-
-def _rows_of(activations: Activations, rows: slice) -> Activations:
-    kept = {key: value[rows] for key, value in activations.kept.items()}
-    return Activations(activations.sites, activations.prompts, activations.positions, kept, activations.projections)
-
-
-def _arrays(result: Statistics, where: Sequence[Sequence[int]], n_sites: int) -> dict[str, Array]:
-    """Arrays [prompts, sites, positions, ...] from statistics [sites, rows, ...]."""
-    named = {
-        "top_id": (result.top_ids, np.int64),
-        "top_logprob": (result.top_logprob, np.float32),
-        "entropy": (result.entropy, np.float32),
-        "kl": (result.kl, np.float32),
-        "target_logprob": (result.target_logprob, np.float32),
-        "target_rank": (result.target_rank, np.int64),
-    }
-    return {
-        name: _table(tensor, dtype, where, n_sites) for name, (tensor, dtype) in named.items() if tensor is not None
-    }
-
-
-def _table(tensor: torch.Tensor, dtype: Any, where: Sequence[Sequence[int]], n_sites: int) -> Array:
-    """[prompts, sites, positions, ...] from [sites, rows, ...], short prompts filled up."""
-    values = tensor.cpu().numpy()
-    width = max(len(w) for w in where)
-    fill = np.nan if dtype is np.float32 else -1
-    table = np.full((len(where), n_sites, width, *values.shape[2:]), fill, dtype=dtype)
-    start = 0
-    for n, w in enumerate(where):
-        table[n, :, : len(w)] = values[:, start : start + len(w)]
-        start += len(w)
-    return table
+        return statistics(rows, model.tail.source, top_k=top_k, targets=ids, precision=precision, backend=backend)
 
 
 def _prompt(model: Model, prompt: Encoded, positions: Sequence[int]) -> Prompt:
@@ -511,15 +406,7 @@ def _completions(
     return found
 
 
-def _provenance(
-    model: Model,
-    sites: Sequence[Site],
-    lens: Lens,
-    top_k: int,
-    filtered: bool,
-    backend: str,
-    batch_tokens: int | None,
-) -> dict[str, Any]:
+def _provenance(model: Model, sites: Sequence[Site], lens: Lens, settings: dict[str, Any]) -> dict[str, Any]:
     components = any(site.kind not in ("resid_pre", "resid_post") for site in sites)
     return {
         "model": model.name,
@@ -531,13 +418,7 @@ def _provenance(
         "verification": model.verification.as_dict(decompositions=components),
         "space": {"name": model.space.name, "per": model.space.per, "activation": model.space.activation},
         "lens": lens.describe(),
-        "settings": {
-            "top_k": top_k,
-            "vocabulary_filter": filtered,
-            "backend": backend,
-            "batch_tokens": batch_tokens,
-            "seed": torch.initial_seed(),
-        },
+        "settings": settings,
         "versions": {
             **{name: version(name) for name in ("logitlab", "torch", "transformers", "numpy")},
             "python": platform.python_version(),

@@ -15,7 +15,7 @@ import torch
 
 from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.lenses.base import Lens
-from logitlab.logits import LogitSource, Statistics, statistics
+from logitlab.logits import Asked, LogitSource, Statistics
 from logitlab.logits.independent import independent
 from logitlab.models.capture import states
 from logitlab.models.handle import Model
@@ -59,10 +59,7 @@ def read_states(
     select: Callable[[int], Sequence[int]],
     *,
     lens: Lens,
-    targets: torch.Tensor | None,
-    top_k: int,
-    allowed: torch.Tensor | None,
-    backend: str,
+    asked: Asked,
 ) -> StateReading:
     """Read one input at some sites; the arguments are those of `logitlab.read`, resolved.
 
@@ -72,10 +69,7 @@ def read_states(
         sites: the sites, the last block's output among them.
         select: gives the positions to read for a number of positions.
         lens: the lens.
-        targets: column ids, or None.
-        top_k: how many top columns to keep.
-        allowed: the columns that are ranked, or None.
-        backend: of the statistics.
+        asked: what is wanted of every state.
 
     Raises:
         VerificationError: the last site decoded is not the model's own answer for this input.
@@ -98,7 +92,7 @@ def read_states(
     for site in sites:
         hidden = lens.transport(_rows(model, rows, site), site)
         z, box = _decoded(model, run, hidden, shape, chosen, count)
-        parts.append(_statistics(model, z, reference, targets, top_k, allowed, backend))
+        parts.append(_statistics(model, z, reference, asked))
         if box is not None:
             boxes.append(box[list(chosen)])
     return StateReading(
@@ -195,22 +189,20 @@ def _decoded(
     return torch.stack(answers), None
 
 
-def _statistics(
-    model: Model,
-    z: torch.Tensor,
-    reference: torch.Tensor,
-    targets: torch.Tensor | None,
-    top_k: int,
-    allowed: torch.Tensor | None,
-    backend: str,
-) -> Statistics:
-    k = min(top_k, z.shape[-1])
-    if model.space.activation == "sigmoid":
-        return independent(z.unsqueeze(0), top_k=k, targets=targets, allowed=allowed, reference=reference)
-    source = LogitSource(lambda rows: rows, int(z.shape[-1]))
-    return statistics(
-        z.unsqueeze(0), source, top_k=k, targets=targets, allowed=allowed, reference=reference, backend=backend
+def _statistics(model: Model, z: torch.Tensor, reference: torch.Tensor, asked: Asked) -> Statistics:
+    if model.space.activation != "sigmoid":
+        source = LogitSource(lambda rows: rows, int(z.shape[-1]))
+        return asked.of(z.unsqueeze(0), source, reference)
+    found = independent(
+        z.unsqueeze(0),
+        top_k=min(asked.top_k, z.shape[-1]),
+        targets=asked.targets,
+        allowed=asked.allowed,
+        reference=reference if asked.kl else None,
     )
+    if not asked.entropy:
+        found.entropy = None
+    return found
 
 
 def _pictures(model: Model, prompt: Encoded, run: Run, grids: Sequence[Grid]) -> tuple[Picture, ...]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,31 @@ class Head:
         """Number of columns V."""
         return int(self.weight.shape[0])
 
-    @property
-    def largest_row(self) -> float:
-        """Largest Euclidean norm of a row of ``weight``; computed again when the weight has changed."""
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, kept under ``name`` until the weight changes."""
         w = self.weight
         state = (w.data_ptr(), None if w.is_inference() else w._version)
         if self.__dict__.get("_state") != state:
-            largest = max((float(part.float().norm(dim=1).max()) for part in w.split(2**14)), default=0.0)
-            self.__dict__.update(_state=state, _largest=largest)
-        return self.__dict__["_largest"]
+            self.__dict__.update(_state=state, _kept={})
+        found = self.__dict__["_kept"]
+        if name not in found:
+            found[name] = make()
+        return found[name]
+
+    @property
+    def row_sizes(self) -> torch.Tensor:
+        """Euclidean norm of every row of ``weight``, [V] float32."""
+        return self.kept("row_sizes", lambda: torch.cat([w.float().norm(dim=1) for w in self.weight.split(2**12)]))
+
+    @property
+    def largest_row(self) -> float:
+        """Largest Euclidean norm of a row of ``weight``."""
+        return self.kept("largest_row", lambda: float(self.row_sizes.max()) if self.vocab_size else 0.0)
 
     @property
     def extra_error(self) -> float:
         """Rounding error that bias, soft-cap and offset can add to a float32 logit."""
-        sizes = [0.0 if t is None else float(t.float().abs().max()) for t in (self.bias, self.offset)]
+        sizes = [_largest(t) for t in (self.bias, self.offset) if t is not None]
         return 2.0**-22 * (sum(sizes) + (self.softcap or 0.0))
 
     def postmap(self, z: torch.Tensor) -> torch.Tensor:
@@ -86,3 +100,9 @@ class LogitSource:
 
     compute: Callable[[torch.Tensor], torch.Tensor]
     vocab_size: int
+
+
+def _largest(t: torch.Tensor) -> float:
+    """Largest finite absolute value (an offset of -inf rules a token out)."""
+    size = t.float().abs()
+    return float(size.where(torch.isfinite(size), 0.0).max()) if t.numel() else 0.0

@@ -15,12 +15,14 @@ def reference(
     x: torch.Tensor, source: Head | LogitSource, request: Request, against: torch.Tensor | None
 ) -> Statistics:
     """See `logitlab.logits.statistics`; holds [16, V] float64 at a time."""
+    positions = x.shape[1]
     groups = []
     for group in x:
-        parts = [
-            _rows(group[i : i + ROWS], source, request, None if against is None else against[i : i + ROWS])
-            for i in range(0, group.shape[0], ROWS)
-        ]
+        parts: list[Statistics] = []
+        for i in range(0, max(1, positions), ROWS):
+            part = slice(i, i + ROWS)
+            asked = request.at(part).for_rows(1, len(group[part]))
+            parts.append(_rows(group[part], source, asked, None if against is None else against[part]))
         groups.append(Statistics.join(parts, dim=1))
     return Statistics.join(groups, dim=0)
 
@@ -38,24 +40,25 @@ def _rows(x: torch.Tensor, source: Head | LogitSource, request: Request, against
     lse = torch.logsumexp(z, dim=-1)
     logp = z - lse.unsqueeze(-1)
     p = logp.exp()
-    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
     steps = torch.round(z / TIE)
     if request.allowed is not None:
         steps = steps.masked_fill(~request.allowed, -torch.inf)
     top = torch.argsort(steps, dim=-1, descending=True, stable=True)[:, : request.top_k]
-    target_logprob = target_rank = kl = None
+    result = Statistics(top, logp.gather(1, top), lse)
+    if request.entropy:
+        result.entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
     if request.targets is not None:
-        ids = request.targets.expand(x.shape[0], -1)
-        target_logprob = logp.gather(1, ids)
+        ids = request.targets.to(z.device)
+        result.target_logprob = logp.gather(1, ids)
         ranks = []
         for column in ids.unbind(1):
             own = torch.round(z.gather(1, column.unsqueeze(1)) / TIE)
             first = (steps > own) | ((steps == own) & (torch.arange(z.shape[1], device=z.device) < column.unsqueeze(1)))
             ranks.append(1 + first.sum(-1))
-        target_rank = torch.stack(ranks, dim=-1) if ranks else ids
+        result.target_rank = torch.stack(ranks, dim=-1) if ranks else ids
     if against is not None:
         logr = torch.log_softmax(float64_logits(against, source), dim=-1)
         r = logr.exp()
-        kl = torch.where(r > 0, r * (logr - logp), 0.0).sum(-1).clamp_min(0.0)
-    values = (top, logp.gather(1, top), lse, entropy, target_logprob, target_rank, kl)
-    return Statistics(*(None if v is None else v.unsqueeze(0) for v in values))  # pyright: ignore[reportArgumentType]
+        result.kl = torch.where(r > 0, r * (logr - logp), 0.0).sum(-1).clamp_min(0.0)
+        result.cross_entropy = -torch.where(r > 0, r * logp, 0.0).sum(-1)
+    return result.map(lambda v: v.unsqueeze(0))

@@ -5,6 +5,7 @@ Definitions, for logits ``z`` of one row, ``lse = log sum_v exp z_v`` and ``p = 
 * log-probability of ``v``: ``z_v - lse``, in nats;
 * entropy: ``lse - sum_v p_v z_v``, in nats;
 * KL divergence from a reference distribution ``r``: ``sum_v r_v (log r_v - log p_v)``, in nats;
+* cross-entropy to it: ``- sum_v r_v log p_v``, in nats;
 * rank of ``v``: 1 + the number of columns that come before it. A column comes before another
   when its logit is larger or, in a tie, when its id is smaller. Logits that agree to 2**-30 are tied,
   so ranks do not depend on the device that summed them.
@@ -13,7 +14,7 @@ Definitions, for logits ``z`` of one row, ``lse = log sum_v exp z_v`` and ``p = 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -22,6 +23,9 @@ from logitlab.logits.head import Head, LogitSource
 
 TIE = 2.0**-30
 """Logits are compared in steps of this size."""
+
+TOLERANCE = 1e-3
+"""Nats by which a screened statistic may be off, unless the caller says otherwise."""
 
 
 @dataclass
@@ -32,19 +36,25 @@ class Statistics:
         top_ids: [groups, positions, k] int64, best first.
         top_logprob: [groups, positions, k] float64, nats.
         logsumexp: [groups, positions] float64.
-        entropy: [groups, positions] float64, nats.
+        entropy: [groups, positions] float64, nats; None where it was not wanted.
         target_logprob: [groups, positions, m] float64, nats; None without targets.
         target_rank: [groups, positions, m] int64, from 1; None without targets.
         kl: [groups, positions] float64, nats, from the reference; None without a reference.
+        cross_entropy: [groups, positions] float64, nats, to the reference; None without one.
+        bound: [groups, positions] float64, nats: what screening can have added to the error of any of
+            these statistics; 0 where a row was done in full. None of an exact pass. Ids and ranks are
+            never affected.
     """
 
     top_ids: torch.Tensor
     top_logprob: torch.Tensor
     logsumexp: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None = None
     target_logprob: torch.Tensor | None = None
     target_rank: torch.Tensor | None = None
     kl: torch.Tensor | None = None
+    cross_entropy: torch.Tensor | None = None
+    bound: torch.Tensor | None = None
 
     @staticmethod
     def join(parts: list[Statistics], dim: int) -> Statistics:
@@ -52,8 +62,13 @@ class Statistics:
         joined: dict[str, torch.Tensor | None] = {}
         for f in fields(Statistics):
             values = [getattr(part, f.name) for part in parts]
-            joined[f.name] = None if values[0] is None else torch.cat(values, dim=dim)
+            joined[f.name] = None if any(v is None for v in values) else torch.cat(values, dim=dim)
         return Statistics(**joined)  # pyright: ignore[reportArgumentType]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Statistics:
+        """The same with every tensor changed."""
+        values = {f.name: getattr(self, f.name) for f in fields(Statistics)}
+        return Statistics(**{name: None if v is None else change(v) for name, v in values.items()})  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -62,30 +77,95 @@ class Request:
 
     Attributes:
         top_k: number of top columns.
-        targets: [m] column ids, the same for every row, or None.
+        columns: number of columns that are ranked.
+        targets: [positions or 1, m] column ids, or None; for each row where a backend works on rows.
         allowed: [V] bool, the columns that are ranked, or None for all; normalisation ignores it.
+        entropy: whether the entropy is wanted.
+        precision: one of `PRECISIONS`.
+        tolerance: nats by which a screened statistic may be off.
     """
 
     top_k: int
-    targets: torch.Tensor | None
-    allowed: torch.Tensor | None
+    columns: int
+    targets: torch.Tensor | None = None
+    allowed: torch.Tensor | None = None
+    entropy: bool = True
+    precision: str = "exact"
+    tolerance: float = TOLERANCE
+
+    def only_top(self) -> Request:
+        """The same without targets and entropy."""
+        return replace(self, targets=None, entropy=False)
+
+    def with_targets(self, targets: torch.Tensor | None) -> Request:
+        """The same with other targets."""
+        return replace(self, targets=targets)
+
+    def at(self, positions: slice) -> Request:
+        """The same for some of the positions."""
+        if self.targets is None or self.targets.shape[0] == 1:
+            return self
+        return replace(self, targets=self.targets[positions])
+
+    def for_rows(self, groups: int, positions: int) -> Request:
+        """The same with targets [groups * positions, m], row by row."""
+        if self.targets is None:
+            return self
+        m = self.targets.shape[1]
+        return replace(self, targets=self.targets.expand(groups, positions, m).reshape(-1, m))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of `statistics` that are the same for all rows of a reading.
+
+    Attributes:
+        top_k: as in `statistics`.
+        targets: [m] column ids, or None.
+        allowed: as in `statistics`.
+        entropy: whether the entropy is wanted.
+        kl: whether the divergence from a reference is wanted.
+        precision: as in `statistics`.
+        tolerance: as in `statistics`.
+        backend: as in `statistics`.
+    """
+
+    top_k: int = 5
+    targets: torch.Tensor | None = None
+    allowed: torch.Tensor | None = None
+    entropy: bool = True
+    kl: bool = True
+    precision: str = "exact"
+    tolerance: float = TOLERANCE
+    backend: str = "auto"
+
+    def of(self, x: torch.Tensor, source: Head | LogitSource, reference: torch.Tensor | None) -> Statistics:
+        """Statistics of rows [groups, positions, d] against reference rows [positions, d]."""
+        return statistics(
+            x,
+            source,
+            top_k=min(self.top_k, source.vocab_size),
+            targets=self.targets,
+            allowed=self.allowed,
+            reference=reference if self.kl else None,
+            entropy=self.entropy,
+            precision=self.precision,
+            tolerance=self.tolerance,
+            backend=self.backend,
+        )
 
 
 Backend = Callable[[torch.Tensor, "Head | LogitSource", Request, "torch.Tensor | None"], Statistics]
 
+BACKENDS = ("auto", "native", "triton", "tiled", "reference")
+"""Names of the backends.
 
-def _backend(name: str) -> Backend:
-    if name == "tiled":
-        from logitlab.logits.tiled import tiled
+``native`` (compiled on this machine, for processors), ``triton`` (for GPUs), ``tiled`` (PyTorch alone, anywhere),
+``reference`` (float64, plain, for tests); ``auto`` takes the first of them that can do the work.
+"""
 
-        return tiled
-    from logitlab.logits.reference import reference
-
-    return reference
-
-
-BACKENDS = ("tiled", "reference")
-"""Names of the backends: ``tiled`` (the fast one), ``reference`` (float64, plain, for tests)."""
+PRECISIONS = ("exact", "screened", "auto")
+"""Names of the precisions, see `statistics`."""
 
 
 def statistics(
@@ -96,7 +176,10 @@ def statistics(
     targets: torch.Tensor | None = None,
     allowed: torch.Tensor | None = None,
     reference: torch.Tensor | None = None,
-    backend: str = "tiled",
+    entropy: bool = True,
+    precision: str = "exact",
+    tolerance: float = TOLERANCE,
+    backend: str = "auto",
 ) -> Statistics:
     """Statistics over the vocabulary of decoded rows.
 
@@ -104,15 +187,24 @@ def statistics(
         x: rows to decode, [groups, positions, d] (or [positions, d], taken as one group).
         source: what turns rows into logits.
         top_k: number of top columns to keep, at least 1.
-        targets: [m] int64 ids whose log-probability and rank are wanted.
+        targets: int64 ids whose log-probability and rank are wanted: [m], the same for all rows, or
+            [positions, m].
         allowed: [V] bool; only these columns compete for the top and count for ranks. Probabilities
             are still normalised over the whole vocabulary.
-        reference: rows [positions, d]; ``kl`` is the divergence of every group's distribution from
-            the one that these rows give.
+        reference: rows [positions, d]; ``kl`` and ``cross_entropy`` are of every group's distribution
+            from the one that these rows give.
+        entropy: whether the entropy is wanted.
+        precision: ``exact`` (the default): float32 products, float64 where those are too coarse. ``screened``:
+            where the processor multiplies bfloat16, a first look in bfloat16, after which every column that
+            can still matter is computed again in float32; no statistic is off by more than ``tolerance``,
+            and rows for which that cannot be shown are done in full. ``auto``: screened if that turns out
+            faster on the first rows, else exact.
+        tolerance: nats by which a screened statistic may be off. The bound that holds for each row is in the
+            result. Ids and ranks are exact in every precision.
         backend: one of `BACKENDS`.
 
     Raises:
-        InputError: a size, id or backend name is out of range.
+        InputError: a size, id or name is out of range, or the backend cannot run here.
 
     Example:
         >>> head = Head(torch.eye(3))
@@ -120,10 +212,10 @@ def statistics(
         >>> s.top_ids.tolist(), s.target_rank.tolist()
         ([[[0]]], [[[3]]])
     """
+    from logitlab.logits.choose import check_precision, choose, run_of
+
     if x.ndim == 2:
         x = x.unsqueeze(0)
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
     size = source.vocab_size
     columns = size if allowed is None else int(allowed.sum())
     if allowed is not None and allowed.shape != (size,):
@@ -132,13 +224,24 @@ def statistics(
         raise InputError("the vocabulary filter leaves no token to rank")
     if top_k < 1:
         raise InputError(f"top_k is {top_k}; it must be at least 1")
-    if targets is not None and targets.numel() and not bool(((targets >= 0) & (targets < size)).all()):
+    check_precision(precision)
+    if not tolerance > 0:
+        raise InputError(f"the tolerance is {tolerance}; it is a number of nats above 0")
+    if targets is not None:
+        targets = _checked_targets(targets, x.shape[1], size)
+    name = choose(backend, source)
+    request = Request(min(top_k, columns), columns, targets, allowed, entropy, precision, tolerance)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return run_of(name)(x, source, request, reference)
+
+
+def _checked_targets(targets: torch.Tensor, positions: int, size: int) -> torch.Tensor:
+    if targets.ndim not in (1, 2) or (targets.ndim == 2 and targets.shape[0] not in (1, positions)):
+        raise InputError(f"targets have shape {tuple(targets.shape)}; give [m], or [positions, m] = [{positions}, m]")
+    if targets.numel() and not bool(((targets >= 0) & (targets < size)).all()):
         bad = targets[(targets < 0) | (targets >= size)][0]
         raise InputError(f"target id {int(bad)} is not in the vocabulary (0 to {size - 1})")
-    request = Request(min(top_k, columns), targets, allowed)
-    device_type = x.device.type
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
-        return _backend(backend)(x, source, request, reference)
+    return targets if targets.ndim == 2 else targets.unsqueeze(0)
 
 
 def in_order(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

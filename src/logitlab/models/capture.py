@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from torch import nn
 
-from logitlab.errors import InputError, LogitlabError, ModelError
+from logitlab.errors import InputError, ModelError
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
-from logitlab.models.hooks import StopForward, Taps, first_tensor, hidden_input
+from logitlab.models.hooks import Taps, first_tensor
 from logitlab.models.inputs import Encoded, whole_number
-from logitlab.models.output import output_of
+from logitlab.models.passes import Part, arguments_of, parts, stopped
 from logitlab.models.sites import Site
 from logitlab.models.trace import Run, Trace, copied
+from logitlab.models.watch import Key, projection_of, watch
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Activations:
     sites: tuple[Site, ...]
     prompts: tuple[Encoded, ...]
     positions: tuple[tuple[int, ...], ...]
-    kept: dict[tuple[int, str], torch.Tensor]
-    projections: dict[tuple[int, str], Projection]
+    kept: dict[Key, torch.Tensor]
+    projections: dict[Key, Projection]
     answers: torch.Tensor | None = None
 
     def __getitem__(self, site: str | Site) -> torch.Tensor:
@@ -130,36 +128,68 @@ def capture_encoded(
     positions: Sequence[Sequence[int]],
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    share: bool = True,
 ) -> Activations:
     """`capture` for inputs that are already encoded and checked."""
-    keys = list(dict.fromkeys((site.layer, site.kind) for site in sites))
-    if any(kind not in ("resid_pre", "resid_post") for _, kind in keys):
-        _ = model.parts  # taking blocks apart runs the model: not while it is watched
-    pieces: dict[tuple[int, str], list[torch.Tensor]] = {key: [torch.empty(0)] * len(prompts) for key in keys}
-    answers: list[torch.Tensor | None] = [None] * len(prompts)
-    done = 0
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    most = (batch_tokens or 1) if model.stack.batch_first else 1
-    for batch in _batches(prompts, most, padded=model.takes("attention_mask")):
-        chosen = [positions[n] for n in batch]
-        found, given = _forward(model, [prompts[n] for n in batch], keys, chosen)
-        for i, n in enumerate(batch):
-            answers[n] = None if given is None else given[i]
-        for key, rows in found.items():
-            for n, part in zip(batch, rows.split([len(p) for p in chosen]), strict=True):
-                pieces[key][n] = part
-        done += len(batch)
+    keys = keys_of(model, sites)
+    table: dict[Key, torch.Tensor] = {}
+    starts = [0, *accumulate(len(p) for p in positions)]
+    done: set[int] = set()
+    for part in parts(model, prompts, keys, positions, batch_tokens=batch_tokens, share=share):
+        for rows, to in _places(part, positions, starts):
+            for key, values in part.kept.items():
+                if key not in table:
+                    table[key] = values.new_empty(starts[-1], values.shape[1])
+                table[key][to] = values[rows]
+        done |= {n for owners in part.owners for n in owners}
         if progress is not None:
-            progress(done, len(prompts))
+            progress(len(done), len(prompts))
     return Activations(
         tuple(sites),
         tuple(prompts),
         tuple(tuple(p) for p in positions),
-        {key: torch.cat(parts) for key, parts in pieces.items()},
-        {key: p for key in keys if (p := _projection(model, key)) is not None},
-        torch.stack([a for a in answers if a is not None]) if all(a is not None for a in answers) else None,
+        table,
+        projections_of(model, keys),
     )
+
+
+def _places(
+    part: Part, positions: Sequence[Sequence[int]], starts: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows of a part, and the rows of the whole that they are for, prompt by prompt."""
+    start = 0
+    for owners, kept in zip(part.owners, part.positions, strict=True):
+        row_of = {position: start + i for i, position in enumerate(kept)}
+        for n in owners:
+            pairs = [(row_of[p], starts[n] + i) for i, p in enumerate(positions[n]) if p in row_of]
+            yield [a for a, _ in pairs], [b for _, b in pairs]
+        start += len(kept)
+
+
+def activations_of(model: Model, part: Part, prompts: Sequence[Encoded], sites: Sequence[Site]) -> Activations:
+    """What a pass has left, as activations of the first prompt of each of its sequences."""
+    return Activations(
+        tuple(sites),
+        tuple(prompts[owners[0]] for owners in part.owners),
+        part.positions,
+        part.kept,
+        projections_of(model, list(part.kept)),
+        part.answers,
+    )
+
+
+def keys_of(model: Model, sites: Sequence[Site]) -> list[Key]:
+    """Layers and kinds that have to be watched for some sites."""
+    keys = list(dict.fromkeys((site.layer, site.kind) for site in sites))
+    if any(kind not in ("resid_pre", "resid_post") for _, kind in keys):
+        _ = model.parts  # taking blocks apart runs the model: not while it is watched
+    return keys
+
+
+def projections_of(model: Model, keys: Sequence[Key]) -> dict[Key, Projection]:
+    """The maps of those keys that have one."""
+    return {key: p for key in keys if (p := projection_of(model, key)) is not None}
 
 
 def select_positions(positions: int | slice | Sequence[int] | None, length: int, prompt: int = 0) -> list[int]:
@@ -190,146 +220,6 @@ def select_positions(positions: int | slice | Sequence[int] | None, length: int,
     return chosen
 
 
-def _batches(prompts: Sequence[Encoded], most: int, *, padded: bool) -> Iterator[list[int]]:
-    """Group prompts of similar length so that a batch holds at most ``most`` tokens with padding."""
-    order = sorted(range(len(prompts)), key=lambda n: _size(prompts[n]))
-    batch: list[int] = []
-    for n in order:
-        size = _size(prompts[n])
-        full = bool(batch) and (len(batch) + 1) * size[0] > most
-        other = bool(batch) and not padded and size != _size(prompts[batch[0]])
-        alone = bool(batch) and bool(prompts[n].extra or prompts[batch[0]].extra)
-        if full or other or alone:
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch
-
-
-def _size(prompt: Encoded) -> tuple[int, int]:
-    return max(len(prompt.ids), len(prompt.encoder_ids or ())), len(prompt.ids)
-
-
-def arguments_of(model: Model, prompts: Sequence[Encoded]) -> dict[str, Any]:
-    """Keyword arguments of the forward pass; padding is always on the right.
-
-    With padding on the right every token keeps its own position number, whatever the tokenizer's
-    habit, and nothing that comes before it changes.
-    """
-    arguments: dict[str, Any] = dict(model.template.options)
-    for key, value in prompts[0].extra.items():  # a prompt with extras is a batch of its own
-        kept = isinstance(value, torch.Tensor)
-        cast_to = model.dtype if kept and value.is_floating_point() else None
-        arguments[key] = value.to(device=model.device, dtype=cast_to) if kept else value
-    if not any(p.ids for p in prompts):
-        return arguments
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    if pad is None:
-        pad = getattr(getattr(model.module, "config", None), "pad_token_id", None)
-    fill = pad if isinstance(pad, int) and 0 <= pad < model.input_vocab_size else 0
-    ids, mask = _padded([p.ids for p in prompts], fill, model.device)
-    if model.encoder_decoder:
-        arguments["decoder_input_ids"] = ids
-        if model.takes("decoder_attention_mask"):
-            arguments["decoder_attention_mask"] = mask
-        if all(p.encoder_ids is not None for p in prompts):
-            encoder_ids, encoder_mask = _padded([p.encoder_ids or () for p in prompts], fill, model.device)
-            arguments["input_ids"] = encoder_ids
-            if model.takes("attention_mask"):
-                arguments["attention_mask"] = encoder_mask
-        return arguments
-    arguments["input_ids"] = ids
-    if model.takes("attention_mask"):
-        arguments["attention_mask"] = mask
-    return arguments
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), fill, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _projection(model: Model, key: tuple[int, str]) -> Projection | None:
-    layer, kind = key
-    if kind not in ("head_out", "neuron"):
-        return None
-    return {"head_out": model.parts[layer].heads, "neuron": model.parts[layer].neurons}.get(kind)
-
-
-def _forward(
-    model: Model,
-    prompts: Sequence[Encoded],
-    keys: Sequence[tuple[int, str]],
-    positions: Sequence[Sequence[int]],
-) -> tuple[dict[tuple[int, str], torch.Tensor], torch.Tensor | None]:
-    """One forward pass; the wanted rows of every key, [rows, size]. Stops before the head if it can.
-
-    The second result is what the model went on with at the last wanted position of each prompt,
-    [prompts, size], or None where that has another form.
-    """
-    batch_index = torch.tensor([b for b, p in enumerate(positions) for _ in p])
-    token_index = torch.tensor([t for p in positions for t in p])
-    found: dict[tuple[int, str], torch.Tensor] = {}
-    width = max(len(p.ids) for p in prompts)
-    layout = model.stack.layout
-
-    def keep(key: tuple[int, str], value: torch.Tensor, scale: float = 1.0) -> None:
-        if key[1] in ("resid_pre", "resid_post") and value.ndim == 4:  # several residual streams
-            value = layout.rows(value)
-            shaped = value.reshape(len(prompts), -1, value.shape[-1])
-        else:
-            shaped = value.reshape(len(prompts), -1, value.shape[-1])  # some MLPs see [tokens, width]
-        if shaped.shape[1] != width:
-            raise ModelError(
-                f"the states of {model.stack.name} have {shaped.shape[1]} positions for {width} tokens: "
-                "this model puts in others that cannot be told apart from them"
-            )
-        rows = shaped[batch_index.to(value.device), token_index.to(value.device)].detach()
-        found[key] = rows if scale == 1.0 else rows * scale
-
-    with model.exclusive(), Taps() as taps:
-        _attach(model, keys, keep, taps)
-        went_on: list[torch.Tensor | None] = []
-
-        def stop(*args: Any, **kwargs: Any) -> None:
-            went_on.append(hidden_input(args, kwargs))
-            raise StopForward
-
-        if model.tail.head_module is not None:
-            taps.replace(model.tail.head_module, stop)
-        inputs = arguments_of(model, prompts)
-        try:
-            with suppress(StopForward), torch.no_grad():
-                output = output_of(model.module(**inputs))
-                went_on.append(None if output is None else output.logits)
-        except LogitlabError:
-            raise
-        except Exception as error:  # a model's own code can raise anything
-            raise _stopped(model, inputs, error) from error
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise ModelError(f"layer {missing[0][0]} was not reached for these inputs (its {missing[0][1]} was not seen)")
-    given = went_on[-1]
-    if given is None or given.numel() != len(prompts) * width * given.shape[-1]:
-        return found, None
-    last = torch.tensor([p[-1] for p in positions], device=given.device)
-    rows = given.detach().reshape(len(prompts), width, -1)
-    return found, rows[torch.arange(len(prompts), device=given.device), last]
-
-
-def _stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> InputError:
-    """What to raise when a model's own code refuses an input."""
-    sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
-    why = " ".join(str(error).split())[:300]
-    return InputError(f"{model.name} does not run on this input ({sizes}): {type(error).__name__}: {why}")
-
-
 def by_tokens(model: Model, prompts: Sequence[Encoded]) -> bool:
     """Whether prompts are read token by token: one answer at each of them, decoded from its own state."""
     space = model.space
@@ -342,20 +232,18 @@ def _need_tokens(model: Model, prompts: Sequence[Encoded]) -> None:
         raise InputError(f"capture() is for models that are read token by token; use logitlab.read for {model.name}")
 
 
-def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, dict[tuple[int, str], torch.Tensor]]:
+def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, dict[Key, torch.Tensor]]:
     """One recorded forward pass over one prompt, and all states of some sites, [batch x positions, width] each.
 
     Raises:
         InputError: the model does not run on this input (a picture of another size, for instance).
         ModelError: the pass goes another way than on the template, or a site has states of another shape.
     """
-    keys = list(dict.fromkeys((site.layer, site.kind) for site in sites))
-    if any(kind not in ("resid_pre", "resid_post") for _, kind in keys):
-        _ = model.parts
-    found: dict[tuple[int, str], torch.Tensor] = {}
+    keys = keys_of(model, sites)
+    found: dict[Key, torch.Tensor] = {}
     stack, layout = model.stack, model.stack.layout
 
-    def keep(key: tuple[int, str], value: torch.Tensor, scale: float = 1.0) -> None:
+    def keep(key: Key, value: torch.Tensor, scale: float = 1.0) -> None:
         given = value if value.ndim == len(layout.order) else value.unsqueeze(0)
         found[key] = (layout.rows(given) * scale).detach()
 
@@ -363,12 +251,12 @@ def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, d
     with model.exclusive(), Taps() as taps:
         trace = Trace(model.module, within=stack.container)
         trace.attach(taps)
-        _attach(model, keys, keep, taps)
+        watch(model, keys, keep, taps)
         try:
             with torch.no_grad():
                 output = model.module(**inputs)
         except Exception as error:  # a model's code can raise anything; the reason is passed on
-            raise _stopped(model, inputs, error) from error
+            raise stopped(model, inputs, error) from error
     missing = [key for key in keys if key not in found]
     calls = [[c for c in trace.calls if c.path == path] for path in dict.fromkeys(b.path for b in stack.blocks)]
     by_path = {c[0].path: c for c in calls if c}
@@ -383,83 +271,3 @@ def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, d
     if bad is not None:
         raise ModelError(f"{bad[0]}.{bad[1]} has states of shape {list(found[bad].shape)}, the last block {list(size)}")
     return run, found
-
-
-def _attach(model: Model, keys: Sequence[tuple[int, str]], keep: Callable[..., None], taps: Taps) -> None:
-    """Hook the wanted sites; a module that several blocks share is told apart by counting its calls."""
-    wanted: dict[int, list[str]] = defaultdict(list)
-    for layer, kind in keys:
-        wanted[layer].append(kind)
-    layers_of: dict[int, list[int]] = defaultdict(list)
-    for layer, block in enumerate(model.stack.blocks):
-        layers_of[id(block.module)].append(layer)
-    for layers in layers_of.values():
-        if any(layer in wanted for layer in layers):
-            _attach_block(model, layers, wanted, keep, taps)
-
-
-OTHER = -1
-"""Stands for a call of a block's module that is not part of the stack."""
-
-
-def _attach_block(
-    model: Model, layers: list[int], wanted: dict[int, list[str]], keep: Callable[..., None], taps: Taps
-) -> None:
-    module = model.stack.blocks[layers[0]].module
-    layer_of = {model.stack.blocks[layer].call: layer for layer in layers}
-    calls = count()
-    current = [OTHER]
-
-    def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[0] = layer_of.get(next(calls), OTHER)  # a module may also be called outside of the stack
-        if "resid_pre" in wanted.get(current[0], ()):
-            keep((current[0], "resid_pre"), hidden_input(args, kwargs))
-
-    def leave(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if "resid_post" in wanted.get(current[0], ()):
-            keep((current[0], "resid_post"), first_tensor(output))
-
-    taps.before(module, enter)
-    for kind in {kind for layer in layers for kind in wanted.get(layer, [])}:
-        for part, takers in _modules(model, layers, kind).items():
-            taps_input = kind in ("head_out", "neuron")
-            hook = _input_hook if taps_input else _output_hook
-            (taps.before if taps_input else taps.after)(part, hook(kind, takers, current, wanted, keep))
-    taps.after(module, leave)
-
-
-def _modules(model: Model, layers: list[int], kind: str) -> dict[nn.Module, dict[int, float]]:
-    """The modules to hook for a kind, each with the layers it serves and their scales."""
-    modules: dict[nn.Module, dict[int, float]] = defaultdict(dict)
-    if kind in ("resid_pre", "resid_post"):
-        return modules
-    for layer in layers:
-        projection = _projection(model, (layer, kind))
-        component = model.parts[layer].components.get(kind)
-        if projection is not None:
-            modules[projection.module][layer] = 1.0
-        elif component is not None:
-            modules[component.module][layer] = component.scale
-    return modules
-
-
-def _output_hook(
-    kind: str, scales: dict[int, float], current: list[int], wanted: dict[int, list[str]], keep: Callable[..., None]
-) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        layer = current[0]
-        if layer in scales and kind in wanted[layer]:
-            keep((layer, kind), first_tensor(output), scales[layer])
-
-    return hook
-
-
-def _input_hook(
-    kind: str, scales: dict[int, float], current: list[int], wanted: dict[int, list[str]], keep: Callable[..., None]
-) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer = current[0]
-        if layer in scales and kind in wanted[layer]:
-            keep((layer, kind), hidden_input(args, kwargs))
-
-    return hook

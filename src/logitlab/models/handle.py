@@ -51,6 +51,8 @@ class Model:
         processor: what prepares its pictures or sounds, or None.
         vocabulary: labels for token ids.
         columns: labels for the columns of its output: token ids, or classes.
+        continues: up to how many tokens it was proved to go on from its cache as it would have without a break;
+            None while nobody has needed it, False if it does not.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Model:
         self.verification = Verification(tail_check, fast_form, _describe(tail), lambda: self._taken_apart[1])
         self.vocabulary = Vocabulary(tokenizer, tail.vocab_size)
         self.columns = column_labels(module, tail.space, self.vocabulary)
+        self.continues: int | bool | None = None
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,85 @@
+"""Which backend decodes, and whether it screens."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from logitlab.errors import InputError
+from logitlab.logits.head import Head, LogitSource
+from logitlab.logits.statistics import BACKENDS, PRECISIONS, Backend
+
+
+def choose(backend: str, source: Head | LogitSource) -> str:
+    """The name of the backend that ``source`` is decoded with.
+
+    Raises:
+        InputError: there is no backend of that name, or it cannot do this work here.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return next(name for name in ("native", "triton", "tiled") if why_not(name, source) is None)
+    why = why_not(backend, source)
+    if why is not None:
+        raise InputError(f"the backend {backend!r} cannot decode this: {why}; use backend='auto'")
+    return backend
+
+
+def why_not(name: str, source: Head | LogitSource) -> str | None:
+    """Why a backend cannot decode ``source`` here; None if it can."""
+    if name in ("tiled", "reference"):
+        return None
+    if not isinstance(source, Head):
+        return "the model's tail has no linear head that could be taken out of it"
+    if name == "native":
+        from logitlab.logits.native import why_not as why_not_native
+
+        return why_not_native(source)
+    if source.weight.device.type != "cuda" and not _interpreted():
+        return "its head is not on a GPU"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from logitlab.logits.gpu import why_not as why_not_triton
+
+    return why_not_triton(source)
+
+
+def run_of(name: str) -> Backend:
+    """The backend of a name."""
+    if name == "native":
+        from logitlab.logits.native import native
+
+        return native
+    if name == "triton":
+        from logitlab.logits.gpu import triton
+
+        return triton
+    if name == "tiled":
+        from logitlab.logits.tiled import tiled
+
+        return tiled
+    from logitlab.logits.reference import reference
+
+    return reference
+
+
+def can_screen(name: str) -> bool:
+    """Whether a backend has a screened precision on this machine."""
+    if name != "native":
+        return False
+    from logitlab.logits.compiled import library
+
+    found = library()
+    return found is not None and found.bfloat16
+
+
+def check_precision(precision: str) -> None:
+    """Raise `InputError` if there is no such precision."""
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; it is one of {', '.join(PRECISIONS)}")
+
+
+def _interpreted() -> bool:
+    import os
+
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,261 @@
+"""What a pass over some columns of the vocabulary leaves, and how it becomes statistics.
+
+A `Partial` holds sums, counts and candidates. Partials over different columns merge in any order to the
+partial over all of them: that is what makes tiles, slices between threads and shards between devices one
+and the same thing. `conclude` then settles in float64 what float32 cannot, and gives the statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from logitlab.logits.head import Head, LogitSource
+from logitlab.logits.reference import reference
+from logitlab.logits.rows import HeadRows, Rows
+from logitlab.logits.statistics import Request, Statistics, in_order
+
+SPARE = 11
+"""Candidates beyond top_k: they also carry the float64 correction of the sums."""
+
+
+@dataclass
+class Candidates:
+    """The best columns of every row so far, in no order.
+
+    Attributes:
+        z: [n, keep] logits in the precision of the pass; -inf where there is no column yet.
+        ids: [n, keep] int64.
+    """
+
+    z: torch.Tensor
+    ids: torch.Tensor
+
+    def merge(self, other: Candidates) -> Candidates:
+        """The best of two."""
+        z, ids = torch.cat([self.z, other.z], dim=1), torch.cat([self.ids, other.ids], dim=1)
+        best = z.topk(self.z.shape[1], dim=1)
+        return Candidates(best.values, ids.gather(1, best.indices))
+
+
+@dataclass
+class Rough:
+    """Of a screened pass: how far columns that were not computed again can have moved the sums.
+
+    Each sum is over those columns, of their share times the most that their logit can be off.
+
+    Attributes:
+        tail: [n] float64, shares ``exp(z - max)``.
+        moment: [n] float64, shares ``exp(z - max) (max - z)``.
+        cross: [n] float64, shares of the reference distribution; None without one.
+        most: [n] float64, the most that any logit of the row can be off.
+        again: [n] int64, columns computed again.
+    """
+
+    tail: torch.Tensor
+    moment: torch.Tensor
+    cross: torch.Tensor | None
+    most: torch.Tensor
+    again: torch.Tensor
+
+
+@dataclass
+class Partial:
+    """Sums, counts and candidates of rows over some columns.
+
+    Attributes:
+        max: [n] largest logit.
+        sum: [n] float64, of ``exp(z - max)``.
+        moment: [n] float64, of ``exp(z - max) (z - max)``.
+        best: likeliest columns.
+        ranked: likeliest columns among those that are ranked (the same object where all are).
+        before: [n, m] int64, ranked columns that come before each target.
+        cross: [n] float64, of reference weights times (reference logit - z); None without a reference.
+        mass: [positions] float64, sum of those weights.
+        rough: of a screened pass.
+    """
+
+    max: torch.Tensor
+    sum: torch.Tensor
+    moment: torch.Tensor
+    best: Candidates
+    ranked: Candidates
+    before: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
+    rough: Rough | None = None
+
+    def merge(self, other: Partial) -> Partial:
+        """The partial over the columns of both; neither may have a column of the other's.
+
+        Raises:
+            ValueError: one of them is of a screened pass.
+        """
+        if self.rough is not None or other.rough is not None:
+            raise ValueError("screened partials are merged where they are made")
+        top = torch.maximum(self.max, other.max)
+        mine, its = self._moved(top), other._moved(top)
+        best = self.best.merge(other.best)
+        ranked = best if self.ranked is self.best else self.ranked.merge(other.ranked)
+        return Partial(
+            top,
+            mine[0] + its[0],
+            mine[1] + its[1],
+            best,
+            ranked,
+            _added(self.before, other.before),
+            _added(self.cross, other.cross),
+            _added(self.mass, other.mass),
+        )
+
+    def _moved(self, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum and moment relative to a larger maximum."""
+        shift = (self.max.double() - top.double()).nan_to_num(nan=0.0, neginf=-1e30)
+        old = shift.exp()
+        return self.sum * old, torch.where(self.sum > 0, (self.moment + self.sum * shift) * old, 0.0)
+
+
+def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if a is None or b is None else a + b
+
+
+@dataclass
+class Base:
+    """The distribution that ``kl`` starts from, for a few positions, settled in float64.
+
+    Attributes:
+        rows: its rows.
+        lse: [positions] float64.
+        entropy: [positions] float64, nats.
+        ids: [positions, c] its likeliest columns, treated in float64 and left out of `Partial.cross`.
+        z: [positions, c] their logits, float64.
+    """
+
+    rows: Rows
+    lse: torch.Tensor
+    entropy: torch.Tensor
+    ids: torch.Tensor
+    z: torch.Tensor
+
+    @staticmethod
+    def of(rows: Rows, partial: Partial) -> Base:
+        """The base that a pass over its rows gives."""
+        exact = _exact(rows, partial.best)
+        lse, entropy = _sums(partial, exact)
+        return Base(rows, lse, entropy, partial.best.ids, exact)
+
+
+def conclude(
+    partial: Partial,
+    rows: Rows,
+    source: Head | LogitSource,
+    request: Request,
+    base: Base | None = None,
+    place: torch.Tensor | None = None,
+) -> Statistics:
+    """Statistics [n] (flat) of rows from the partial over all columns.
+
+    Args:
+        partial: what the pass left.
+        rows: the rows.
+        source: what decodes them.
+        request: what is wanted, for these rows.
+        base: the reference distributions.
+        place: [n] which of them each row is compared with.
+    """
+    best = _exact(rows, partial.best)
+    lse, entropy = _sums(partial, best)
+    ranked, exact = partial.ranked, best
+    if partial.ranked is not partial.best:
+        exact = _exact(rows, partial.ranked)
+    order = in_order(exact, ranked.ids)[:, : request.top_k]
+    top = exact.gather(1, order)
+    result = Statistics(ranked.ids.gather(1, order), top - lse.unsqueeze(1), lse, entropy if request.entropy else None)
+    if request.targets is not None:
+        assert partial.before is not None
+        result.target_logprob = rows.at_all(request.targets) - lse.unsqueeze(1)
+        result.target_rank = 1 + partial.before
+    if base is not None:
+        assert place is not None
+        result.kl = _kl(partial, rows, base, place, lse)
+        result.cross_entropy = result.kl + base.entropy[place]
+    if partial.rough is not None:
+        result.bound = _bound(partial, lse, entropy, request)
+    unsure = _unsure(partial, rows, exact, request)
+    if bool(unsure.any()):  # more near-ties than candidates: settle those rows in full
+        _settle(result, unsure, rows, source, request)
+    return result
+
+
+def _exact(rows: Rows, found: Candidates) -> torch.Tensor:
+    """Float64 logits of candidates; -inf where there is none."""
+    exact = rows.at_all(found.ids)
+    return exact.masked_fill_(found.z == -torch.inf, -torch.inf)
+
+
+def _sums(partial: Partial, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and entropy, the candidates' share taken from their float64 logits."""
+    top = partial.max.double().unsqueeze(1)
+    real = partial.best.z > -torch.inf
+    rough = torch.where(real, partial.best.z.double() - top, -torch.inf)
+    fine = torch.where(real, exact - top, -torch.inf)
+    was, now = rough.exp(), fine.exp()
+    total = partial.sum + (now - was).sum(1)
+    moment = partial.moment + (now * fine.clamp_min(-1e30) - was * rough.clamp_min(-1e30)).sum(1)
+    log = total.log()
+    entropy = torch.where(total > 0, log - moment / total, 0.0)  # of a row of -inf alone there is none
+    return partial.max.double() + log, entropy.clamp_min(0.0)
+
+
+def _kl(partial: Partial, rows: Rows, base: Base, place: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """KL divergence [n] from the reference, in nats."""
+    assert partial.cross is not None
+    assert partial.mass is not None
+    # sum_v r_v (z_ref - z) rather than two separate sums: what is wrong with r cancels. The base's own
+    # normaliser is taken from these very weights, so they sum to 1.
+    r = (base.z - base.lse.unsqueeze(1)).exp()
+    total = r.sum(1) + partial.mass
+    gap = base.z[place] - rows.at_all(base.ids[place])
+    likely = torch.where(r[place] > 0, r[place] * gap, 0.0).sum(1)
+    normal = base.lse + total.log()
+    return ((likely + partial.cross) / total[place] + lse - normal[place]).clamp_min(0.0)
+
+
+def _bound(partial: Partial, lse: torch.Tensor, entropy: torch.Tensor, request: Request) -> torch.Tensor:
+    """What screening can have added to the error of any of the statistics, [n] in nats.
+
+    With ``U`` the columns that stayed rough, ``p`` the probabilities as computed and ``b_v`` the most that logit
+    ``v`` can be off, the log-sum-exp is off by at most ``sum_U p_v (e^b_v - 1)``; the derivative of the entropy by a
+    logit is ``-p_v (log p_v + H)``; KL is linear in logits apart from the log-sum-exp. On the way to the true
+    logits no probability changes by more than ``e^2b``, which is what is multiplied on top.
+    """
+    rough = partial.rough
+    assert rough is not None
+    slack = (2 * rough.most).exp()
+    of_lse = slack * rough.tail / partial.sum
+    bound = of_lse
+    if request.entropy:
+        gap = (lse - partial.max.double() + entropy) * rough.tail + rough.moment
+        bound = torch.maximum(bound, slack * gap / partial.sum)
+    if rough.cross is not None:
+        bound = torch.maximum(bound, of_lse + rough.cross * (1 + 1e-6))
+    return bound
+
+
+def _unsure(partial: Partial, rows: Rows, exact: torch.Tensor, request: Request) -> torch.Tensor:
+    """Rows [n] bool whose candidates may lack a column that belongs to the top."""
+    if partial.ranked.z.shape[1] >= request.columns:
+        return torch.zeros(exact.shape[0], dtype=torch.bool, device=exact.device)
+    kth = exact.topk(request.top_k, dim=1).values[:, -1]
+    return partial.ranked.z.amin(dim=1).double() >= kth - rows.bound.squeeze(1)
+
+
+def _settle(result: Statistics, unsure: torch.Tensor, rows: Rows, source: Head | LogitSource, request: Request) -> None:
+    """Replace the top columns of some rows by those of a float64 computation."""
+    own = source if isinstance(rows, HeadRows) else LogitSource(lambda z: z, source.vocab_size)
+    x = rows.x if isinstance(rows, HeadRows) else rows.z
+    distinct, copies = x[unsure].unique(dim=0, return_inverse=True)
+    exact = reference(distinct.unsqueeze(0), own, request.only_top(), None)
+    result.top_ids[unsure] = exact.top_ids[0][copies].to(result.top_ids.device)
+    result.top_logprob[unsure] = exact.top_logprob[0][copies].to(result.top_logprob.device)

@@ -1,0 +1,102 @@
+"""Rows to decode, with the few ways in which their logits are computed."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+
+from logitlab.logits.head import Head, LogitSource
+from logitlab.logits.statistics import TIE
+
+PAIR_VALUES = 2**20
+"""Most numbers of head rows that are gathered at once, as float64."""
+
+
+class HeadRows:
+    """Rows [n, d] whose logits come from a linear head.
+
+    Attributes:
+        x: the rows, float32, on the head's device.
+        given: the rows as they came.
+        head: the head.
+        narrow: whether rows and head are both bfloat16, so that their products are exact in float32.
+    """
+
+    def __init__(self, x: torch.Tensor, head: Head) -> None:
+        self.given = x.to(head.weight.device)
+        self.narrow = x.dtype == torch.bfloat16 == head.weight.dtype
+        self.x = x.to(device=head.weight.device, dtype=torch.float32)
+        self.head = head
+
+    def tile(self, columns: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Logits [n, columns] in ``dtype``."""
+        return self.head.logits(self.x, columns, dtype)
+
+    def some(self, rows: torch.Tensor) -> HeadRows:
+        """A few of the rows."""
+        return HeadRows(self.x[rows], self.head)
+
+    def at(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Float64 logits of (row, column) pairs, both [m] -> [m]."""
+        size = max(1, PAIR_VALUES // self.x.shape[1])
+        parts = [
+            self.head.logits_at(self.x[r], i.unsqueeze(1)).squeeze(1)
+            for r, i in zip(rows.split(size), ids.split(size), strict=True)
+        ]
+        return torch.cat(parts) if parts else self.x.new_zeros(0, dtype=torch.float64)
+
+    def at_all(self, ids: torch.Tensor) -> torch.Tensor:
+        """Float64 logits at ``ids`` [n, c], row by row -> [n, c]."""
+        return _pairs(self, ids)
+
+    @cached_property
+    def bound(self) -> torch.Tensor:
+        """Bound [n, 1] on the error of a float32 logit.
+
+        Rounding errors of a sum of d products behave like a random walk, so they stay below
+        ``2 sqrt(d) u |x| |w|`` (Higham and Mary 2019, with u = 2**-24) with room to spare: |x| |w|
+        already over-estimates the sum of absolute products.
+        """
+        d = self.x.shape[1]
+        slack = 2 * math.sqrt(d) * 2.0**-24 * self.head.largest_row * abs(self.head.scale)
+        return (slack * self.x.norm(dim=1, keepdim=True)).double() + 2 * TIE + self.head.extra_error
+
+
+class SourceRows:
+    """Rows [n, V] of logits that come from the model's own tail; they are taken as they are."""
+
+    def __init__(self, z: torch.Tensor) -> None:
+        self.z = z.float().clamp_min(-1e38)  # -inf would turn 0 * -inf into NaN
+        self.bound = torch.full((z.shape[0], 1), 2 * TIE, dtype=torch.float64, device=z.device)
+
+    def some(self, rows: torch.Tensor) -> SourceRows:
+        """A few of the rows."""
+        return SourceRows(self.z[rows])
+
+    def tile(self, columns: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Logits [n, columns] in ``dtype``."""
+        return self.z[:, columns].to(dtype)
+
+    def at(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Float64 logits of (row, column) pairs, both [m] -> [m]."""
+        return self.z[rows, ids].double()
+
+    def at_all(self, ids: torch.Tensor) -> torch.Tensor:
+        """Float64 logits at ``ids`` [n, c], row by row -> [n, c]."""
+        return self.z.gather(1, ids).double()
+
+
+Rows = HeadRows | SourceRows
+
+
+def rows_of(x: torch.Tensor, source: Head | LogitSource) -> Rows:
+    """Rows ``x`` [n, d] with the way in which ``source`` decodes them."""
+    return HeadRows(x, source) if isinstance(source, Head) else SourceRows(source.compute(x))
+
+
+def _pairs(rows: HeadRows, ids: torch.Tensor) -> torch.Tensor:
+    n, c = ids.shape
+    numbers = torch.arange(n, device=ids.device).unsqueeze(1).expand(n, c)
+    return rows.at(numbers.reshape(-1), ids.reshape(-1)).reshape(n, c)

@@ -1,0 +1,1053 @@
+/*
+ * One pass over the vocabulary, statistics taken while logits are in the nearest cache.
+ *
+ * Compiled on the user's own machine by logitlab.logits.native, which also says what goes in and out; plain C11 with
+ * the vector types of GCC and Clang. Definitions are those of logitlab/logits/statistics.py.
+ *
+ * How it goes
+ *   - A lane of a vector is a row to decode, so running maxima, sums and counts of many rows are single
+ *     instructions and nothing is ever reduced across a vector. PANEL rows are handled together.
+ *   - Columns (head rows) go in tiles that stay in the second-level cache while all panels of a block use them.
+ *   - logits of [tile x PANEL] live in the first-level cache: written by `product`, read by `accumulate`.
+ *   - Work is cut into (block of rows) x (slice of columns); threads take the next piece until none is left.
+ *     What two slices found is merged at the end. How work is cut does not depend on the number of threads.
+ *
+ * Three modes
+ *   EXACT      float32 products.
+ *   BFLOAT16   rows and head are bfloat16 already: their products are exact in float32, only sums round.
+ *   SCREENED   rows and head are rounded to bfloat16 for a first look. A logit is off by at most
+ *              |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz). Whatever can still matter within that is computed
+ *              again from the float32 numbers, in place; of the rest it is summed how much it can be off.
+ */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define ABI 1 /* changes with `struct job`; checked by native.py */
+
+/* Registers: MV x NV accumulators, NV vectors of rows and one broadcast column. */
+#if defined(LOGITLAB_LANES) /* for tests of the plain path */
+#define LANES LOGITLAB_LANES
+#define NV 2
+#define MV 4
+#elif defined(__AVX512F__) && defined(__AVX512DQ__)
+#define LANES 16
+#define NV 2
+#define MV 14
+#elif defined(__AVX__)
+#define LANES 8
+#define NV 2
+#define MV 6
+#elif defined(__aarch64__)
+#define LANES 4
+#define NV 4
+#define MV 6
+#else
+#define LANES 4
+#define NV 2
+#define MV 4
+#endif
+#define PANEL (LANES * NV)
+
+#if LANES == 16 && defined(__AVX512BF16__)
+#define HAS_BFLOAT16 1
+#else
+#define HAS_BFLOAT16 0
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES), may_alias));
+typedef float vfu __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), may_alias));
+typedef double vd __attribute__((vector_size(8 * LANES), may_alias));
+
+enum { EXACT = 0, BFLOAT16 = 1, SCREENED = 2 };
+enum { W_FLOAT32 = 0, W_BFLOAT16 = 1, W_FLOAT16 = 2 };
+
+/* What Python fills in. Sizes in elements; pointers may be NULL where it says so. */
+struct job {
+  int64_t n, d, columns;      /* rows, width, columns */
+  int64_t first;              /* id of the first column */
+  const float *x;             /* [n, d] */
+  const void *w;              /* [columns, ldw] */
+  int64_t ldw;
+  const float *bias, *offset; /* [columns] or NULL */
+  const uint8_t *allowed;     /* [columns] or NULL: which columns are ranked */
+  const float *w_size, *w_lost; /* SCREENED: [columns] |w| and |w - w'|, see logitlab_sizes */
+  const double *bound;        /* [n] bound on the rounding error of a float32 logit */
+  const int32_t *order;       /* [n] rows in the order of work */
+  const int64_t *blocks;      /* [n_blocks + 1] where blocks begin in `order` */
+  const int32_t *place;       /* [n] the reference row of each row, by row; NULL without a reference */
+  const int32_t *ref_first, *ref_count; /* [n_blocks] which reference rows a block needs */
+  const uint8_t *ref_counts;  /* [n_blocks] whether the block adds to `mass` */
+  const float *ref;           /* [n_ref, d] */
+  const double *ref_lse;      /* [n_ref] */
+  const int32_t *ref_ids;     /* [n_ref, ref_keep] columns to leave out of the sums */
+  const int64_t *target_ids;  /* [n, targets] or NULL */
+  const double *target_z;     /* [n, targets] their logits */
+  int64_t n_blocks, n_ref, ref_keep, targets;
+  int64_t keep, keep_ranked;  /* candidates; keep_ranked is 0 without `allowed` */
+  int64_t slices, tile, threads;
+  float scale, softcap;       /* softcap 0: none */
+  float theta;                /* SCREENED: columns less likely than exp(-theta) may stay rough */
+  float theta_ref;            /* the same of the reference's probabilities */
+  int32_t w_type, mode;
+  /* Results: [slices, n, ...]; what is merged is in slice 0. */
+  float *max;
+  double *sum, *moment, *cross; /* of exp(z - max), exp(z - max) (z - max), weight (reference z - z) */
+  double *tail, *tail_moment, *tail_cross; /* the same sums times how far a rough column can be off, by |x| */
+  double *mass;                 /* [slices, n_ref] sum of the reference's weights */
+  float *best_z, *ranked_z;     /* [slices, n, keep], [slices, n, keep_ranked] */
+  int32_t *best_id, *ranked_id;
+  int64_t *before;              /* [slices, n, targets] */
+  double *most;                 /* [slices, n] the most that any rough logit can be off */
+  int64_t *again;               /* [slices, n] columns computed again */
+};
+
+/* -- small vectors ----------------------------------------------------------------------------------------------- */
+
+INLINE vf splat(float a) { return a - (vf){0}; }
+INLINE vf load(const float *p) { return *(const vf *)p; }
+INLINE vf loadu(const float *p) { return *(const vfu *)p; }
+INLINE void store(float *p, vf a) { *(vf *)p = a; }
+INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+INLINE vf vmax(vf a, vf b) {
+#if LANES == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8 && defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif LANES == 4 && defined(__aarch64__)
+  return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return choose(a > b, a, b);
+#endif
+}
+
+/* Lanes where a > b, as bits. */
+INLINE uint32_t above(vf a, vf b) {
+#if LANES == 16
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif LANES == 8 && defined(__AVX__)
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#else
+  vi mask = a > b;
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits |= (uint32_t)(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
+INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+/* exp(x) for x <= 0, relative error below 2e-7; 0 below -87. */
+INLINE vf vexp(vf x) {
+  vf t = x * 1.44269504f + 12582912.0f; /* rounds x / ln 2 to a whole number */
+  vf n = t - 12582912.0f;
+  vf r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  vf p = r * 1.98756915e-4f + 1.39819995e-3f;
+  p = p * r + 8.33345205e-3f;
+  p = p * r + 4.16657962e-2f;
+  p = p * r + 1.66666657e-1f;
+  p = p * r + 5.0e-1f;
+  p = p * r * r + r + 1.0f;
+  vi power = ((vi)t - 0x4b400000) << 23;
+  vf e = (vf)((vi)p + power);
+  return (vf)((vi)e & (vi)(x > -87.0f));
+}
+
+/* tanh(x), absolute error below 2e-7. */
+INLINE vf vtanh(vf x) {
+  vf a = vabs(x);
+  a = choose(a > 20.0f, splat(20.0f), a);
+  vf e = vexp(a * -2.0f);
+  vf y = (1.0f - e) / (1.0f + e);
+  return (vf)((vi)y | ((vi)x & (int32_t)0x80000000));
+}
+
+/* -- numbers of 16 bits ------------------------------------------------------------------------------------------ */
+
+INLINE float bits_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+INLINE uint32_t float_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+INLINE float from_bfloat16(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+INLINE uint16_t to_bfloat16(float f) { /* to nearest, ties to even */
+  uint32_t u = float_bits(f);
+  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE float from_float16(uint16_t h) {
+  float f = bits_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+  return bits_float(float_bits(f) | (uint32_t)(h & 0x8000) << 16);
+}
+
+static void narrow(const float *restrict from, int64_t d, uint16_t *restrict out) {
+  int64_t k = 0;
+#if HAS_BFLOAT16
+  for (; k + LANES <= d; k += LANES)
+    _mm256_storeu_si256((__m256i *)(out + k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
+#endif
+  for (; k < d; k++) out[k] = to_bfloat16(from[k]);
+}
+
+static const void *head_row(const struct job *j, int64_t v) {
+  int64_t size = j->w_type == W_FLOAT32 ? 4 : 2;
+  return (const char *)j->w + v * j->ldw * size;
+}
+
+static void widen(const struct job *j, int64_t v, float *restrict out) {
+  const void *w = head_row(j, v);
+  if (j->w_type == W_FLOAT32)
+    memcpy(out, w, (size_t)j->d * 4);
+  else if (j->w_type == W_BFLOAT16)
+    for (int64_t k = 0; k < j->d; k++) out[k] = from_bfloat16(((const uint16_t *)w)[k]);
+  else
+    for (int64_t k = 0; k < j->d; k++) out[k] = from_float16(((const uint16_t *)w)[k]);
+}
+
+/* -- single products --------------------------------------------------------------------------------------------- */
+
+/* Sum of products in float64, always in the same order, so that equal head rows give equal logits. */
+static double dot64(const struct job *j, const float *restrict x, const void *restrict w) {
+  enum { CHAINS = 2 };
+  vd acc[CHAINS] = {{0}};
+  int64_t k = 0, d = j->d;
+  for (; k + CHAINS * LANES <= d; k += CHAINS * LANES)
+    for (int c = 0; c < CHAINS; c++) {
+      vf a = loadu(x + k + c * LANES), b;
+      if (j->w_type == W_FLOAT32)
+        b = loadu((const float *)w + k + c * LANES);
+      else
+        for (int i = 0; i < LANES; i++) {
+          uint16_t h = ((const uint16_t *)w)[k + c * LANES + i];
+          b[i] = j->w_type == W_BFLOAT16 ? from_bfloat16(h) : from_float16(h);
+        }
+      acc[c] += __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd);
+    }
+  double sum = 0;
+  for (int i = 0; i < LANES; i++) sum += acc[0][i] + acc[1][i];
+  for (; k < d; k++) {
+    float b = j->w_type == W_FLOAT32 ? ((const float *)w)[k]
+              : j->w_type == W_BFLOAT16 ? from_bfloat16(((const uint16_t *)w)[k])
+                                        : from_float16(((const uint16_t *)w)[k]);
+    sum += (double)x[k] * b;
+  }
+  return sum;
+}
+
+static double postmap64(const struct job *j, double z, int64_t v) {
+  if (j->bias) z += j->bias[v];
+  if (j->softcap != 0)
+    z = tanh(z * ((double)j->scale / j->softcap)) * j->softcap;
+  else
+    z *= j->scale;
+  return j->offset ? z + j->offset[v] : z;
+}
+
+static double logit64(const struct job *j, const float *x, int64_t v) {
+  return postmap64(j, dot64(j, x, head_row(j, v)), v);
+}
+
+/* The same product in float32, for screening. `w` is the widened head row. */
+INLINE float dot32(const float *restrict x, const float *restrict w, int64_t d) {
+  vf a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0};
+  int64_t k = 0;
+  for (; k + 4 * LANES <= d; k += 4 * LANES) {
+    a0 += loadu(x + k) * loadu(w + k);
+    a1 += loadu(x + k + LANES) * loadu(w + k + LANES);
+    a2 += loadu(x + k + 2 * LANES) * loadu(w + k + 2 * LANES);
+    a3 += loadu(x + k + 3 * LANES) * loadu(w + k + 3 * LANES);
+  }
+  for (; k + LANES <= d; k += LANES) a0 += loadu(x + k) * loadu(w + k);
+  a0 = (a0 + a1) + (a2 + a3);
+#if LANES == 16
+  float sum = _mm512_reduce_add_ps((__m512)a0);
+#else
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += a0[i];
+#endif
+  for (; k < d; k++) sum += x[k] * w[k];
+  return sum;
+}
+
+/* Norms of a vector, and of what was lost when it was narrowed. */
+static void measure(const float *restrict x, const uint16_t *restrict h, int64_t d, double *size, double *lost) {
+  vd whole = {0}, gone = {0};
+  int64_t k = 0;
+  for (; k + LANES <= d; k += LANES) {
+    vf a = loadu(x + k), back;
+    for (int l = 0; l < LANES; l++) back[l] = from_bfloat16(h[k + l]);
+    vd b = __builtin_convertvector(a, vd), e = __builtin_convertvector(a - back, vd); /* a - back is exact */
+    whole += b * b, gone += e * e;
+  }
+  double s = 0, g = 0;
+  for (int l = 0; l < LANES; l++) s += whole[l], g += gone[l];
+  for (; k < d; k++) {
+    double e = (double)x[k] - from_bfloat16(h[k]);
+    s += (double)x[k] * x[k], g += e * e;
+  }
+  *size = sqrt(s);
+  *lost = sqrt(g);
+}
+
+/* -- products of a panel with MV columns --------------------------------------------------------------------------*/
+
+/* z [MV, PANEL] = (or +=) w [MV, ldw] times x [d, PANEL] */
+static __attribute__((noinline)) void product(int64_t d, const float *restrict x, const float *restrict w, int64_t ldw,
+                                              float *restrict z, int add) {
+  vf acc[MV][NV];
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++)
+      acc[v][i] = add ? load(z + v * PANEL + i * LANES) : (vf){0};
+  for (int64_t k = 0; k < d; k++) {
+    vf a[NV];
+    UNROLL for (int i = 0; i < NV; i++) a[i] = load(x + k * PANEL + i * LANES);
+    UNROLL for (int v = 0; v < MV; v++) {
+      float b = w[v * ldw + k];
+      UNROLL for (int i = 0; i < NV; i++) acc[v][i] += a[i] * b;
+    }
+  }
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) store(z + v * PANEL + i * LANES, acc[v][i]);
+}
+
+#if HAS_BFLOAT16
+/* The same of pairs of bfloat16: x [d / 2, PANEL], w [MV, ldw]. */
+static __attribute__((noinline)) void product_bfloat16(int64_t d2, const uint32_t *restrict x,
+                                                       const uint32_t *restrict w, int64_t ldw, float *restrict z,
+                                                       int add) {
+  __m512 acc[MV][NV];
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++)
+      acc[v][i] = add ? (__m512)load(z + v * PANEL + i * LANES) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < d2; k++) {
+    __m512i a[NV];
+    UNROLL for (int i = 0; i < NV; i++) a[i] = _mm512_load_si512(x + k * PANEL + i * LANES);
+    UNROLL for (int v = 0; v < MV; v++) {
+      __m512i b = _mm512_set1_epi32((int32_t)w[v * ldw + k]);
+      UNROLL for (int i = 0; i < NV; i++) acc[v][i] = _mm512_dpbf16_ps(acc[v][i], (__m512bh)a[i], (__m512bh)b);
+    }
+  }
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++)
+      store(z + v * PANEL + i * LANES, (vf)acc[v][i]);
+}
+#endif
+
+/* -- best columns of a row: a heap whose root is the worst of them ------------------------------------------------ */
+
+static void heap_push(float *restrict z, int32_t *restrict id, int64_t keep, float value, int32_t column) {
+  int64_t i = 0;
+  for (;;) {
+    int64_t child = 2 * i + 1;
+    if (child >= keep) break;
+    if (child + 1 < keep && (z[child + 1] < z[child] || (z[child + 1] == z[child] && id[child + 1] > id[child]))) child++;
+    if (!(z[child] < value || (z[child] == value && id[child] > column))) break;
+    z[i] = z[child];
+    id[i] = id[child];
+    i = child;
+  }
+  z[i] = value;
+  id[i] = column;
+}
+
+/* -- one block of rows over one slice of columns ------------------------------------------------------------------ */
+
+/* What is known of PANEL rows so far. */
+struct __attribute__((aligned(64))) panel {
+  float max[PANEL];
+  float worst[PANEL], worst_ranked[PANEL]; /* what a column has to exceed to be among the best */
+  float size[PANEL];                       /* SCREENED: |x| times |scale| */
+  float rough[PANEL];                      /* SCREENED: what a rough logit has to exceed to be computed again */
+  float known[PANEL], known_worst[PANEL];  /* SCREENED: what the first slice found: log-sum-exp, worst of the best */
+  double sum[PANEL], moment[PANEL], cross[PANEL];
+  double tail[PANEL], tail_moment[PANEL], tail_cross[PANEL];
+  int64_t again[PANEL];
+  int32_t row[PANEL]; /* -1 where there is none */
+  int32_t place[PANEL];
+  int32_t shift; /* the panel's first reference row in the tile's table, or -1: look each one up */
+};
+
+struct scratch {
+  float *x, *ref_x;       /* packed rows: [panels, d, PANEL] */
+  uint32_t *xb;           /* the same as pairs of bfloat16: [panels, d2, PANEL] */
+  uint16_t *spare;        /* rows on their way there [PANEL, 2 d2] */
+  float *w;               /* widened columns of a tile [tile, d] */
+  uint32_t *wb;           /* the same as pairs of bfloat16 [tile, d2] */
+  float *norm;            /* [tile] how far a rough logit can be off, by |x| */
+  float *z;               /* [tile, PANEL] */
+  uint32_t *done;         /* [tile] lanes whose rough logit has been computed again */
+  float *ref_z, *ref_w;   /* [tile, wide] reference logits and probabilities */
+  struct panel *panels;
+  float *best_z, *ranked_z; /* [rows, keep] */
+  int32_t *best_id, *ranked_id;
+  float *low, *high;      /* [panels, targets, PANEL] */
+  int32_t *count;         /* [panels, targets, PANEL] */
+  int64_t wide;
+  float ratio;            /* SCREENED: most that |x - x'| is of |x| */
+  float most;             /* SCREENED: largest of all `norm` */
+};
+
+struct tile {
+  int64_t start, count; /* columns */
+  const float *w;       /* float32 columns */
+  int64_t ldw;
+};
+
+/* Bias, scale, cap and offset, for logits [count, PANEL]. */
+static void postmap(const struct job *j, float *restrict z, int64_t start, int64_t count) {
+  if (!j->bias && !j->offset && j->scale == 1.0f && j->softcap == 0) return;
+  float slope = j->softcap != 0 ? j->scale / j->softcap : j->scale;
+  for (int64_t v = 0; v < count; v++) {
+    float b = j->bias ? j->bias[start + v] : 0, o = j->offset ? j->offset[start + v] : 0;
+    for (int i = 0; i < NV; i++) {
+      float *p = z + v * PANEL + i * LANES;
+      vf y = (load(p) + b) * slope;
+      if (j->softcap != 0) y = vtanh(y) * j->softcap;
+      store(p, y + o);
+    }
+  }
+}
+
+#define DEPTH 512 /* of a product, so that a panel's part stays in the first cache */
+
+static void multiply(const struct job *j, const float *x, const struct tile *t, float *z) {
+  for (int64_t k = 0; k < j->d; k += DEPTH) {
+    int64_t d = j->d - k < DEPTH + DEPTH / 2 ? j->d - k : DEPTH; /* no short rest */
+    for (int64_t v = 0; v < t->count; v += MV) product(d, x + k * PANEL, t->w + v * t->ldw + k, t->ldw, z + v * PANEL, k > 0);
+    if (d > DEPTH) break;
+  }
+}
+
+static void multiply_bfloat16(const struct job *j, const uint32_t *x, const struct tile *t, const uint32_t *w, float *z) {
+#if HAS_BFLOAT16
+  int64_t d2 = (j->d + 1) / 2;
+  for (int64_t k = 0; k < d2; k += DEPTH) {
+    int64_t d = d2 - k < DEPTH + DEPTH / 2 ? d2 - k : DEPTH;
+    for (int64_t v = 0; v < t->count; v += MV) product_bfloat16(d, x + k * PANEL, w + v * d2 + k, d2, z + v * PANEL, k > 0);
+    if (d > DEPTH) break;
+  }
+#else
+  (void)j, (void)x, (void)t, (void)w, (void)z;
+#endif
+}
+
+/* Where the reference's numbers for lanes of a panel begin, for one column; gathered where they do not lie together. */
+INLINE vf reference_lanes(const struct panel *p, const float *table, int i) {
+  if (p->shift >= 0) return loadu(table + p->shift + i * LANES);
+  vf out;
+  for (int l = 0; l < LANES; l++) out[l] = table[p->place[i * LANES + l]];
+  return out;
+}
+
+/* Compare with the targets, column by column; what is too close for float32 is settled in float64. */
+static void rank_tile(const struct job *j, struct scratch *s, struct panel *p, int64_t number, const float *z,
+                      const struct tile *t) {
+  for (int64_t m = 0; m < j->targets; m++) {
+    const float *low = s->low + (number * j->targets + m) * PANEL, *high = s->high + (number * j->targets + m) * PANEL;
+    int32_t *count = s->count + (number * j->targets + m) * PANEL;
+    for (int i = 0; i < NV; i++) {
+      vf lo = load(low + i * LANES), hi = load(high + i * LANES);
+      vi above_it = *(vi *)(count + i * LANES);
+      for (int64_t v = 0; v < t->count; v++) {
+        if (j->allowed && !j->allowed[t->start + v]) continue;
+        vf y = load(z + v * PANEL + i * LANES);
+        above_it -= (vi)(y > hi);
+        uint32_t near = above(y, lo) & ~above(y, hi);
+        while (near) {
+          int lane = __builtin_ctz(near);
+          near &= near - 1;
+          int32_t row = p->row[i * LANES + lane];
+          if (row < 0) continue;
+          double mine = logit64(j, j->x + row * j->d, t->start + v), its = j->target_z[row * j->targets + m];
+          double a = nearbyint(mine * 0x1p30), b = nearbyint(its * 0x1p30);
+          above_it[lane] += a > b || (a == b && j->first + t->start + v < j->target_ids[row * j->targets + m]);
+        }
+      }
+      *(vi *)(count + i * LANES) = above_it;
+    }
+  }
+}
+
+static void best_of_tile(const struct job *j, struct scratch *s, struct panel *p, int64_t number, const float *z,
+                         const struct tile *t, int ranked) {
+  float *worst = ranked ? p->worst_ranked : p->worst;
+  int64_t keep = ranked ? j->keep_ranked : j->keep;
+  float *best_z = (ranked ? s->ranked_z : s->best_z) + number * PANEL * keep;
+  int32_t *best_id = (ranked ? s->ranked_id : s->best_id) + number * PANEL * keep;
+  for (int64_t v = 0; v < t->count; v++) {
+    if (ranked && !j->allowed[t->start + v]) continue;
+    for (int i = 0; i < NV; i++) {
+      uint32_t found = above(load(z + v * PANEL + i * LANES), load(worst + i * LANES));
+      while (found) {
+        int lane = i * LANES + __builtin_ctz(found);
+        found &= found - 1;
+        heap_push(best_z + lane * keep, best_id + lane * keep, keep, z[v * PANEL + lane], (int32_t)(j->first + t->start + v));
+        worst[lane] = best_z[lane * keep];
+      }
+    }
+  }
+}
+
+/* A little less than log(sum): log2(2^e (1 + f)) >= e + f. */
+INLINE float log_below(double sum) {
+  uint32_t u = float_bits((float)sum);
+  return ((float)((int32_t)(u >> 23) - 127) + (float)(u & 0x7fffff) * 0x1p-23f) * 0.6931471f;
+}
+
+/* SCREENED: compute again, in float32, what can still matter. */
+static void screen(const struct job *j, struct scratch *s, struct panel *p, int64_t number, float *z, const struct tile *t) {
+#if HAS_BFLOAT16
+  for (int lane = 0; lane < PANEL; lane++) {
+    float likely = p->max[lane] + log_below(p->sum[lane]);
+    float worst = j->keep_ranked ? fminf(p->worst[lane], p->worst_ranked[lane]) : p->worst[lane];
+    likely = fmaxf(likely, p->known[lane]) - j->theta;
+    worst = fmaxf(worst, p->known_worst[lane]);
+    p->rough[lane] = p->row[lane] < 0 ? INFINITY : fminf(likely, worst);
+  }
+  float least = expf(-j->theta_ref);
+  for (int64_t v = 0; v < t->count; v++) {
+    uint32_t again = 0;
+    for (int i = 0; i < NV; i++) {
+      vf y = load(z + v * PANEL + i * LANES);
+      vf off = load(p->size + i * LANES) * s->norm[v];
+      uint32_t bits = above(y + off, load(p->rough + i * LANES));
+      if (s->ref_w) bits |= above(reference_lanes(p, s->ref_w + v * s->wide, i), splat(least));
+      for (int64_t m = 0; m < j->targets; m++) {
+        const float *low = s->low + (number * j->targets + m) * PANEL, *high = s->high + (number * j->targets + m) * PANEL;
+        bits |= above(y + off, load(low + i * LANES)) & ~above(y - off, load(high + i * LANES));
+      }
+      again |= bits << (i * LANES);
+    }
+    s->done[v] = again;
+    while (again) {
+      int lane = __builtin_ctz(again);
+      again &= again - 1;
+      int32_t row = p->row[lane];
+      if (row < 0) continue;
+      float y = dot32(j->x + row * j->d, t->w + v * t->ldw, j->d);
+      if (j->bias) y += j->bias[t->start + v];
+      y = j->softcap != 0 ? tanhf(y * (j->scale / j->softcap)) * j->softcap : y * j->scale;
+      z[v * PANEL + lane] = j->offset ? y + j->offset[t->start + v] : y;
+      p->again[lane]++;
+    }
+  }
+#else
+  (void)j, (void)s, (void)p, (void)number, (void)z, (void)t;
+#endif
+}
+
+/* Add a tile's columns to the sums. The flags are constants where this is called. */
+INLINE void sum_tile(const struct job *j, struct scratch *s, struct panel *p, const float *z, const struct tile *t,
+                     int kl, int rough) {
+  (void)j;
+  for (int i = 0; i < NV; i++) {
+    vf top = load(p->max + i * LANES), sum[2] = {{0}}, moment[2] = {{0}}, cross[2] = {{0}};
+    vf tail = {0}, tail_moment = {0}, tail_cross = {0};
+    for (int64_t v = 0; v < t->count; v++) {
+      vf y = load(z + v * PANEL + i * LANES);
+      vf low = vmax(y - top, splat(-87.5f)); /* exp is 0 there, and 0 times -inf would not be */
+      vf e = vexp(low);
+      sum[v & 1] += e;
+      moment[v & 1] += e * low;
+      vf weight = {0};
+      if (kl) {
+        weight = reference_lanes(p, s->ref_w + v * s->wide, i);
+        cross[v & 1] += weight * (reference_lanes(p, s->ref_z + v * s->wide, i) - vmax(y, splat(-1e38f)));
+      }
+      if (rough) {
+#if HAS_BFLOAT16
+        __mmask16 left = (__mmask16)~(s->done[v] >> (i * LANES));
+        vf off = (vf)_mm512_maskz_mov_ps(left, (__m512)splat(s->norm[v]));
+        vf part = e * off;
+        tail += part;
+        tail_moment -= part * low;
+        if (kl) tail_cross += weight * off;
+#endif
+      }
+    }
+    sum[0] += sum[1], moment[0] += moment[1], cross[0] += cross[1];
+    for (int l = 0; l < LANES; l++) {
+      int lane = i * LANES + l;
+      p->sum[lane] += sum[0][l];
+      p->moment[lane] += moment[0][l];
+      if (kl) p->cross[lane] += cross[0][l];
+      if (rough) {
+        p->tail[lane] += tail[l];
+        p->tail_moment[lane] += tail_moment[l];
+        if (kl) p->tail_cross[lane] += tail_cross[l];
+      }
+    }
+  }
+}
+
+static void accumulate(const struct job *j, struct scratch *s, struct panel *p, int64_t number, const float *z,
+                       const struct tile *t, int rough) {
+  uint32_t better = 0;
+  for (int i = 0; i < NV; i++) {
+    vf top = load(z + i * LANES);
+    for (int64_t v = 1; v < t->count; v++) top = vmax(top, load(z + v * PANEL + i * LANES));
+    if (above(top, load(p->worst + i * LANES))) better = 1;
+    if (!above(top, load(p->max + i * LANES))) continue;
+    for (int l = 0; l < LANES; l++) { /* sums are relative to the largest logit: it has grown */
+      int lane = i * LANES + l;
+      if (!(top[l] > p->max[lane])) continue;
+      double shift = (double)p->max[lane] - top[l], old = exp(shift);
+      p->moment[lane] = p->sum[lane] > 0 ? (p->moment[lane] + p->sum[lane] * shift) * old : 0;
+      p->tail_moment[lane] = p->tail[lane] > 0 ? (p->tail_moment[lane] - p->tail[lane] * shift) * old : 0;
+      p->sum[lane] *= old;
+      p->tail[lane] *= old;
+      p->max[lane] = top[l];
+    }
+  }
+  if (better) best_of_tile(j, s, p, number, z, t, 0);
+  if (j->keep_ranked) best_of_tile(j, s, p, number, z, t, 1);
+  if (j->targets) rank_tile(j, s, p, number, z, t);
+  int kl = s->ref_w != NULL;
+  if (kl && rough)
+    sum_tile(j, s, p, z, t, 1, 1);
+  else if (kl)
+    sum_tile(j, s, p, z, t, 1, 0);
+  else if (rough)
+    sum_tile(j, s, p, z, t, 0, 1);
+  else
+    sum_tile(j, s, p, z, t, 0, 0);
+}
+
+/* Rows as a panel: column k of PANEL rows lies together. Rows that are not there are zero. */
+static void pack(const float *x, int64_t d, const int32_t *rows, float *restrict out) {
+  for (int64_t k = 0; k < d; k += 16) { /* a cache line of each row at a time */
+    int64_t end = k + 16 < d ? k + 16 : d;
+    for (int lane = 0; lane < PANEL; lane++) {
+      const float *row = x + rows[lane] * d;
+      if (rows[lane] < 0)
+        for (int64_t i = k; i < end; i++) out[i * PANEL + lane] = 0;
+      else
+        for (int64_t i = k; i < end; i++) out[i * PANEL + lane] = row[i];
+    }
+  }
+}
+
+/* The same as pairs of bfloat16; gives the most that any row loses by it, as a part of its size. */
+static double pack_bfloat16(const float *x, int64_t d, const int32_t *rows, uint32_t *restrict out, uint16_t *restrict spare) {
+  double most = 0;
+  int64_t d2 = (d + 1) / 2;
+  for (int lane = 0; lane < PANEL; lane++) {
+    uint16_t *h = spare + lane * 2 * d2;
+    h[2 * d2 - 1] = 0;
+    if (rows[lane] < 0) {
+      memset(h, 0, (size_t)d2 * 4);
+      continue;
+    }
+    const float *row = x + rows[lane] * d;
+    narrow(row, d, h);
+    double lost, size;
+    measure(row, h, d, &size, &lost);
+    if (size > 0 && lost / size > most) most = lost / size;
+  }
+  for (int64_t k = 0; k < d2; k += 16) {
+    int64_t end = k + 16 < d2 ? k + 16 : d2;
+    for (int lane = 0; lane < PANEL; lane++) {
+      const uint32_t *h = (const uint32_t *)(spare + lane * 2 * d2);
+      for (int64_t i = k; i < end; i++) out[i * PANEL + lane] = h[i];
+    }
+  }
+  return most;
+}
+
+/* Columns of a tile in the form that the mode needs. */
+static struct tile prepare(const struct job *j, struct scratch *s, int64_t start, int64_t count) {
+  struct tile t = {start, count, s->w, j->d};
+  int64_t full = (count + MV - 1) / MV * MV; /* the last product takes whole groups of MV columns */
+  if (j->w_type == W_FLOAT32 && start + full <= j->columns) {
+    t.w = (const float *)j->w + start * j->ldw;
+    t.ldw = j->ldw;
+  } else if (s->w) {
+    for (int64_t v = 0; v < full; v++) {
+      if (v < count)
+        widen(j, start + v, s->w + v * j->d);
+      else
+        memset(s->w + v * j->d, 0, (size_t)j->d * 4);
+    }
+  }
+  if (j->mode == EXACT) return t;
+  int64_t d2 = (j->d + 1) / 2;
+  float slack = (float)(2 * sqrt((double)j->d) * 0x1p-24);
+  for (int64_t v = 0; v < full; v++) {
+    uint16_t *out = (uint16_t *)(s->wb + v * d2);
+    out[2 * d2 - 1] = 0;
+    if (v >= count)
+      memset(out, 0, (size_t)d2 * 4);
+    else if (j->w_type == W_BFLOAT16)
+      memcpy(out, head_row(j, start + v), (size_t)j->d * 2);
+    else
+      narrow(t.w + v * t.ldw, j->d, out);
+    if (j->mode != SCREENED || v >= count) continue;
+    s->norm[v] = (j->w_size[start + v] * (s->ratio + slack) + j->w_lost[start + v] * (1 + s->ratio)) * (1 + 1e-6f);
+    if (s->norm[v] > s->most) s->most = s->norm[v];
+  }
+  return t;
+}
+
+/* Logits and probabilities of the reference rows, in columns of a tile; repeated so that a panel's lie together. */
+static void reference_tile(const struct job *j, struct scratch *s, int64_t b, int64_t slice, const struct tile *t) {
+  int64_t first = j->ref_first[b], count = j->ref_count[b], wide = s->wide;
+  for (int64_t q = 0; q * PANEL < count; q++) {
+    multiply(j, s->ref_x + q * j->d * PANEL, t, s->z);
+    postmap(j, s->z, t->start, t->count);
+    for (int i = 0; i < NV; i++) {
+      int64_t at = q * PANEL + i * LANES;
+      vf lse = {0};
+      for (int l = 0; l < LANES && at + l < count; l++) lse[l] = (float)j->ref_lse[first + at + l];
+      for (int64_t v = 0; v < t->count; v++) {
+        vf y = vmax(load(s->z + v * PANEL + i * LANES), splat(-1e38f));
+        vf lower = y - lse;
+        *(vfu *)(s->ref_z + v * wide + at) = y;
+        *(vfu *)(s->ref_w + v * wide + at) = vexp(choose(lower > 0.0f, splat(0), vmax(lower, splat(-87.5f))));
+      }
+    }
+  }
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t c = 0; c < j->ref_keep; c++) {
+      int64_t v = j->ref_ids[(first + r) * j->ref_keep + c] - j->first - t->start;
+      if (v >= 0 && v < t->count) s->ref_w[v * wide + r] = 0;
+    }
+  if (j->ref_counts[b])
+    for (int64_t v = 0; v < t->count; v++)
+      for (int64_t r = 0; r < count; r++) j->mass[slice * j->n_ref + first + r] += s->ref_w[v * wide + r];
+  for (int64_t v = 0; v < t->count; v++)
+    for (int64_t r = count; r < count + PANEL; r++) {
+      s->ref_z[v * wide + r] = s->ref_z[v * wide + r % count];
+      s->ref_w[v * wide + r] = s->ref_w[v * wide + r % count];
+    }
+}
+
+static void begin(const struct job *j, struct scratch *s, int64_t b, int64_t slice) {
+  int64_t start = j->blocks[b], rows = j->blocks[b + 1] - start, d2 = (j->d + 1) / 2;
+  double ratio = 0;
+  for (int64_t q = 0; q * PANEL < rows; q++) {
+    struct panel *p = s->panels + q;
+    memset(p, 0, sizeof *p);
+    p->shift = j->place ? j->place[j->order[start + q * PANEL]] - j->ref_first[b] : 0;
+    for (int lane = 0; lane < PANEL; lane++) {
+      int64_t at = q * PANEL + lane;
+      int32_t row = at < rows ? j->order[start + at] : -1;
+      p->row[lane] = row;
+      p->max[lane] = -3.4e38f;
+      p->known[lane] = p->known_worst[lane] = -INFINITY;
+      p->worst[lane] = p->worst_ranked[lane] = row < 0 ? INFINITY : -INFINITY;
+      p->place[lane] = j->place && row >= 0 ? j->place[row] - j->ref_first[b] : 0;
+      if (j->place && row >= 0 && p->place[lane] != (p->shift + lane) % j->ref_count[b]) p->shift = -1;
+      for (int64_t m = 0; m < j->targets; m++) {
+        int64_t to = (q * j->targets + m) * PANEL + lane;
+        s->low[to] = s->high[to] = INFINITY;
+        s->count[to] = 0;
+        if (row < 0) continue;
+        double z = j->target_z[row * j->targets + m];
+        s->low[to] = (float)(z - j->bound[row]);
+        s->high[to] = (float)(z + j->bound[row]);
+        /* the nearest float32 may lie inside; one step out it does not (`low` is exclusive) */
+        s->low[to] = nextafterf(s->low[to], -INFINITY);
+        s->high[to] = nextafterf(s->high[to], INFINITY);
+      }
+      if (j->mode != SCREENED || row < 0) continue;
+      double size = 0;
+      for (int64_t k = 0; k < j->d; k++) size += (double)j->x[row * j->d + k] * j->x[row * j->d + k];
+      p->size[lane] = (float)(sqrt(size) * fabsf(j->scale) * (1 + 1e-6));
+      if (slice == 0) continue;
+      p->known[lane] = j->max[row] + log_below(j->sum[row]);
+      p->known_worst[lane] = j->keep_ranked ? fminf(j->best_z[row * j->keep], j->ranked_z[row * j->keep_ranked])
+                                            : j->best_z[row * j->keep];
+    }
+    if (j->mode != BFLOAT16) pack(j->x, j->d, p->row, s->x + q * j->d * PANEL);
+    if (j->mode != EXACT) {
+      double lost = pack_bfloat16(j->x, j->d, p->row, s->xb + q * d2 * PANEL, s->spare);
+      if (lost > ratio) ratio = lost;
+    }
+  }
+  s->ratio = (float)(ratio * (1 + 1e-6));
+  s->most = 0;
+  int64_t lanes = (rows + PANEL - 1) / PANEL * PANEL;
+  for (int64_t i = 0; i < lanes * j->keep; i++) s->best_z[i] = -INFINITY, s->best_id[i] = (int32_t)j->first;
+  for (int64_t i = 0; i < lanes * j->keep_ranked; i++) s->ranked_z[i] = -INFINITY, s->ranked_id[i] = (int32_t)j->first;
+  if (!j->place) return;
+  for (int64_t q = 0; q * PANEL < j->ref_count[b]; q++) {
+    int32_t numbers[PANEL];
+    for (int lane = 0; lane < PANEL; lane++)
+      numbers[lane] = q * PANEL + lane < j->ref_count[b] ? j->ref_first[b] + (int32_t)(q * PANEL + lane) : -1;
+    pack(j->ref, j->d, numbers, s->ref_x + q * j->d * PANEL);
+  }
+}
+
+static void finish(const struct job *j, struct scratch *s, int64_t b, int64_t slice) {
+  int64_t rows = j->blocks[b + 1] - j->blocks[b];
+  for (int64_t at = 0; at < rows; at++) {
+    const struct panel *p = s->panels + at / PANEL;
+    int lane = (int)(at % PANEL);
+    int64_t to = slice * j->n + p->row[lane];
+    j->max[to] = p->max[lane];
+    j->sum[to] = p->sum[lane];
+    j->moment[to] = p->moment[lane];
+    if (j->cross) j->cross[to] = p->cross[lane];
+    if (j->mode == SCREENED) {
+      j->tail[to] = p->tail[lane];
+      j->tail_moment[to] = p->tail_moment[lane];
+      if (j->cross) j->tail_cross[to] = p->tail_cross[lane];
+      j->most[to] = (double)p->size[lane] * s->most;
+      j->again[to] = p->again[lane];
+    }
+    memcpy(j->best_z + to * j->keep, s->best_z + at * j->keep, (size_t)j->keep * 4);
+    memcpy(j->best_id + to * j->keep, s->best_id + at * j->keep, (size_t)j->keep * 4);
+    if (j->keep_ranked) {
+      memcpy(j->ranked_z + to * j->keep_ranked, s->ranked_z + at * j->keep_ranked, (size_t)j->keep_ranked * 4);
+      memcpy(j->ranked_id + to * j->keep_ranked, s->ranked_id + at * j->keep_ranked, (size_t)j->keep_ranked * 4);
+    }
+    for (int64_t m = 0; m < j->targets; m++)
+      j->before[to * j->targets + m] = s->count[(at / PANEL * j->targets + m) * PANEL + lane];
+  }
+}
+
+static void piece(const struct job *j, struct scratch *s, int64_t b, int64_t slice) {
+  int64_t rows = j->blocks[b + 1] - j->blocks[b], d2 = (j->d + 1) / 2;
+  int64_t tiles = (j->columns + j->tile - 1) / j->tile;
+  int64_t from = tiles * slice / j->slices, to = tiles * (slice + 1) / j->slices;
+  begin(j, s, b, slice);
+  for (int64_t i = from; i < to; i++) {
+    int64_t start = i * j->tile, count = j->columns - start < j->tile ? j->columns - start : j->tile;
+    struct tile t = prepare(j, s, start, count);
+    if (j->place) reference_tile(j, s, b, slice, &t);
+    int rough = j->mode == SCREENED && i > 0; /* before the first tile there is nothing to hold a logit against */
+    for (int64_t q = 0; q * PANEL < rows; q++) {
+      if (j->mode == BFLOAT16 || rough)
+        multiply_bfloat16(j, s->xb + q * d2 * PANEL, &t, s->wb, s->z);
+      else
+        multiply(j, s->x + q * j->d * PANEL, &t, s->z);
+      postmap(j, s->z, t.start, t.count);
+      if (rough) screen(j, s, s->panels + q, q, s->z, &t);
+      accumulate(j, s, s->panels + q, q, s->z, &t, rough);
+    }
+  }
+  finish(j, s, b, slice);
+}
+
+/* What the slices found of a row, put together in slice 0. */
+static void merge(const struct job *j, int64_t row) {
+  for (int64_t slice = 1; slice < j->slices; slice++) {
+    int64_t from = slice * j->n + row;
+    double top = j->max[row] > j->max[from] ? j->max[row] : j->max[from];
+    int64_t at[2] = {row, from};
+    double sum = 0, moment = 0, tail = 0, tail_moment = 0;
+    for (int i = 0; i < 2; i++) {
+      double shift = (double)j->max[at[i]] - top, old = exp(shift);
+      if (j->sum[at[i]] > 0) sum += j->sum[at[i]] * old, moment += (j->moment[at[i]] + j->sum[at[i]] * shift) * old;
+      if (j->mode == SCREENED && j->tail[at[i]] > 0)
+        tail += j->tail[at[i]] * old, tail_moment += (j->tail_moment[at[i]] - j->tail[at[i]] * shift) * old;
+    }
+    j->max[row] = (float)top;
+    j->sum[row] = sum;
+    j->moment[row] = moment;
+    if (j->cross) j->cross[row] += j->cross[from];
+    if (j->mode == SCREENED) {
+      j->tail[row] = tail;
+      j->tail_moment[row] = tail_moment;
+      if (j->cross) j->tail_cross[row] += j->tail_cross[from];
+      if (j->most[from] > j->most[row]) j->most[row] = j->most[from];
+      j->again[row] += j->again[from];
+    }
+    for (int64_t i = 0; i < j->keep; i++)
+      if (j->best_z[from * j->keep + i] > j->best_z[row * j->keep])
+        heap_push(j->best_z + row * j->keep, j->best_id + row * j->keep, j->keep, j->best_z[from * j->keep + i],
+                  j->best_id[from * j->keep + i]);
+    for (int64_t i = 0; i < j->keep_ranked; i++)
+      if (j->ranked_z[from * j->keep_ranked + i] > j->ranked_z[row * j->keep_ranked])
+        heap_push(j->ranked_z + row * j->keep_ranked, j->ranked_id + row * j->keep_ranked, j->keep_ranked,
+                  j->ranked_z[from * j->keep_ranked + i], j->ranked_id[from * j->keep_ranked + i]);
+    for (int64_t m = 0; m < j->targets; m++) j->before[row * j->targets + m] += j->before[from * j->targets + m];
+  }
+}
+
+/* -- threads ------------------------------------------------------------------------------------------------------ */
+
+static void *room(int64_t elements, int64_t size) {
+  size_t bytes = ((size_t)(elements > 0 ? elements : 1) * (size_t)size + 127) / 64 * 64;
+  return aligned_alloc(64, bytes);
+}
+
+static void leave(struct scratch *s) {
+  void *all[] = {s->x,    s->ref_x, s->xb, s->spare, s->w,      s->wb,       s->norm,    s->z,         s->done,  s->ref_z,
+                 s->ref_w, s->panels, s->best_z, s->best_id, s->ranked_z, s->ranked_id, s->low, s->high, s->count};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static int enter(const struct job *j, struct scratch *s) {
+  memset(s, 0, sizeof *s);
+  int64_t rows = 1, refs = 0, d2 = (j->d + 1) / 2, tile = (j->tile + MV - 1) / MV * MV;
+  for (int64_t b = 0; b < j->n_blocks; b++) {
+    if (j->blocks[b + 1] - j->blocks[b] > rows) rows = j->blocks[b + 1] - j->blocks[b];
+    if (j->place && j->ref_count[b] > refs) refs = j->ref_count[b];
+  }
+  int64_t panels = (rows + PANEL - 1) / PANEL, ref_panels = (refs + PANEL - 1) / PANEL;
+  s->wide = (ref_panels + 1) * PANEL;
+  s->panels = room(panels, sizeof(struct panel));
+  s->z = room(tile * PANEL, 4);
+  s->done = room(tile, 4);
+  s->norm = room(tile, 4);
+  s->best_z = room(panels * PANEL * j->keep, 4);
+  s->best_id = room(panels * PANEL * j->keep, 4);
+  s->ranked_z = room(panels * PANEL * j->keep_ranked, 4);
+  s->ranked_id = room(panels * PANEL * j->keep_ranked, 4);
+  s->low = room(panels * j->targets * PANEL, 4);
+  s->high = room(panels * j->targets * PANEL, 4);
+  s->count = room(panels * j->targets * PANEL, 4);
+  int fine = s->panels && s->z && s->done && s->norm && s->best_z && s->best_id && s->ranked_z && s->ranked_id && s->low &&
+             s->high && s->count;
+  fine = fine && (s->w = room(tile * j->d, 4));
+  if (j->mode != BFLOAT16) fine = fine && (s->x = room(panels * j->d * PANEL, 4));
+  if (j->mode != EXACT) fine = fine && (s->xb = room(panels * d2 * PANEL, 4)) && (s->wb = room(tile * d2, 4)) && (s->spare = room(PANEL * d2, 4));
+  if (j->place)
+    fine = fine && (s->ref_x = room(ref_panels * j->d * PANEL, 4)) && (s->ref_z = room(tile * s->wide, 4)) &&
+           (s->ref_w = room(tile * s->wide, 4));
+  return fine;
+}
+
+struct crew {
+  const struct job *job;
+  atomic_llong next;
+  atomic_int failed;
+  int64_t first, pieces; /* of this turn */
+};
+
+static void *scan_work(void *argument) {
+  struct crew *c = argument;
+  const struct job *j = c->job;
+  struct scratch s;
+  if (enter(j, &s)) {
+    for (int64_t i; (i = c->first + atomic_fetch_add(&c->next, 1)) < c->first + c->pieces;)
+      piece(j, &s, i % j->n_blocks, i / j->n_blocks);
+  } else {
+    atomic_store(&c->failed, 1);
+  }
+  leave(&s);
+  return NULL;
+}
+
+static void *merge_work(void *argument) {
+  struct crew *c = argument;
+  enum { ROWS = 64 };
+  for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) * ROWS < c->job->n;)
+    for (int64_t row = i * ROWS; row < c->job->n && row < (i + 1) * ROWS; row++) merge(c->job, row);
+  return NULL;
+}
+
+enum { MOST_THREADS = 1024 };
+
+static int together(struct crew *c, void *(*fn)(void *), int64_t threads) {
+  pthread_t others[MOST_THREADS];
+  int64_t started = 0;
+  atomic_store(&c->next, 0);
+  for (int64_t i = 1; i < threads && i < MOST_THREADS; i++) /* fewer threads than asked for are no fault */
+    if (pthread_create(&others[started], NULL, fn, c) == 0) started++;
+  fn(c);
+  for (int64_t i = 0; i < started; i++) pthread_join(others[i], NULL);
+  return atomic_load(&c->failed);
+}
+
+/* -- what Python calls -------------------------------------------------------------------------------------------- */
+
+struct facts {
+  int64_t abi, job_size, panel, columns, bfloat16;
+};
+
+void logitlab_facts(struct facts *f) {
+  *f = (struct facts){ABI, sizeof(struct job), PANEL, MV, HAS_BFLOAT16};
+}
+
+/* Scan; 0 when done, 1 when memory ran out, 2 when this machine has no such mode. */
+int logitlab_scan(const struct job *j) {
+  if (j->mode != EXACT && !HAS_BFLOAT16) return 2;
+  struct crew c = {.job = j, .pieces = j->n_blocks * j->slices};
+  if (j->mode == SCREENED && j->slices > 1) { /* what the first slice finds tells the others what can matter */
+    c.pieces = j->n_blocks;
+    if (together(&c, scan_work, j->threads < c.pieces ? j->threads : c.pieces)) return 1;
+    c.first = j->n_blocks;
+    c.pieces = j->n_blocks * (j->slices - 1);
+  }
+  if (together(&c, scan_work, j->threads < c.pieces ? j->threads : c.pieces)) return 1;
+  if (j->slices > 1) together(&c, merge_work, j->n / 64 < j->threads ? j->n / 64 + 1 : j->threads);
+  return 0;
+}
+
+struct sizes {
+  struct crew crew;
+  float *size, *lost;
+};
+
+static void *size_work(void *argument) {
+  struct sizes *a = argument;
+  const struct job *j = a->crew.job;
+  enum { COLUMNS = 256 };
+  float *w = room(j->d, 4);
+  uint16_t *h = room(j->d, 2);
+  if (!w || !h) atomic_store(&a->crew.failed, 1);
+  for (int64_t i; w && h && (i = atomic_fetch_add(&a->crew.next, 1)) * COLUMNS < j->columns;)
+    for (int64_t v = i * COLUMNS; v < j->columns && v < (i + 1) * COLUMNS; v++) {
+      widen(j, v, w);
+      narrow(w, j->d, h);
+      double size, lost;
+      measure(w, h, j->d, &size, &lost);
+      a->size[v] = (float)size * (1 + 1e-6f);
+      a->lost[v] = (float)lost * (1 + 1e-6f);
+    }
+  free(w), free(h);
+  return NULL;
+}
+
+/* Of each column its Euclidean norm, and the norm of what rounding it to bfloat16 takes away; [columns] each. */
+int logitlab_sizes(const struct job *j, float *size, float *lost) {
+  struct sizes a = {.crew = {.job = j}, .size = size, .lost = lost};
+  return together(&a.crew, size_work, j->columns / 256 < j->threads ? j->columns / 256 + 1 : j->threads);
+}
+
+struct pairs {
+  struct crew crew;
+  const int64_t *ids;
+  int64_t per_row;
+  double *out;
+};
+
+static void *pair_work(void *argument) {
+  struct pairs *a = argument;
+  const struct job *j = a->crew.job;
+  enum { ROWS = 16 };
+  for (int64_t i; (i = atomic_fetch_add(&a->crew.next, 1)) * ROWS < j->n;)
+    for (int64_t row = i * ROWS; row < j->n && row < (i + 1) * ROWS; row++)
+      for (int64_t c = 0; c < a->per_row; c++)
+        a->out[row * a->per_row + c] = logit64(j, j->x + row * j->d, a->ids[row * a->per_row + c] - j->first);
+  return NULL;
+}
+
+/* Float64 logits of chosen columns, ids [n, per_row] -> out [n, per_row]. */
+int logitlab_logits_at(const struct job *j, const int64_t *ids, int64_t per_row, double *out) {
+  struct pairs a = {.crew = {.job = j}, .ids = ids, .per_row = per_row, .out = out};
+  return together(&a.crew, pair_work, j->n / 16 < j->threads ? j->n / 16 + 1 : j->threads);
+}

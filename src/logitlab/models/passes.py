@@ -1,0 +1,453 @@
+"""How prompts go through a model: together, alone, in pieces, or with what they share run once.
+
+A pass leaves a `Part`: the wanted rows of its tokens. Long prompts are cut into passes of at most
+`PASS_TOKENS` tokens that hand on the model's own cache, so that what one pass keeps in memory is bounded.
+Prompts that begin alike can have their common tokens run once. Both need a model that goes on from its
+cache as it would have gone on without a break; that is proved on the tokens at hand before it is relied on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from logitlab.errors import InputError, LogitlabError, ModelError
+from logitlab.models.handle import Model
+from logitlab.models.hooks import FORWARD_ERRORS, StopForward, Taps, hidden_input
+from logitlab.models.inputs import Encoded
+from logitlab.models.output import output_of
+from logitlab.models.verify import finite_size, max_difference, tolerance
+from logitlab.models.watch import Key, watch
+
+PASS_TOKENS = 512
+"""Most tokens of one pass, where a model can go on from its cache."""
+
+SHARED_TOKENS = 32
+"""Fewest common tokens that are worth a pass of their own."""
+
+Cache = Mapping[str, Any]
+"""What a pass hands on to the next one: arguments of the model's forward pass."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one pass has left.
+
+    Attributes:
+        owners: for each sequence of the pass, the prompts that its tokens belong to.
+        positions: for each sequence, the positions of those prompts that were kept.
+        kept: by layer and kind, rows [kept positions, size], one sequence after the other.
+        answers: what the model went on with at the last kept position of each sequence that has one; None
+            where that has another form.
+    """
+
+    owners: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    kept: dict[Key, torch.Tensor]
+    answers: torch.Tensor | None
+
+
+def parts(
+    model: Model,
+    prompts: Sequence[Encoded],
+    keys: Sequence[Key],
+    positions: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int | None = None,
+    share: bool = True,
+) -> Iterator[Part]:
+    """Run prompts and yield what each pass leaves at the wanted sites and positions.
+
+    If a model is found to depend on more than its cache half-way through a prompt, that prompt is run again as a
+    whole: what is yielded last for a position is what counts.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        keys: layers and kinds of the sites.
+        positions: for each prompt, the positions to keep.
+        batch_tokens: put several prompts into padded passes of at most this many tokens.
+        share: whether tokens that several prompts begin with are run once.
+
+    Raises:
+        InputError: ``batch_tokens`` is not a number from 1 on, or the model does not run on an input.
+        ModelError: a site was not reached.
+    """
+    if batch_tokens is not None and batch_tokens < 1:
+        raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    together = batch_tokens is not None and batch_tokens > 1 and model.stack.batch_first
+    plain = [n for n, p in enumerate(prompts) if not p.extra and p.encoder_ids is None and p.ids]
+    if together:
+        plain = []
+    done: set[int] = set()
+    for run in _runs({n: prompts[n].ids for n in plain}, share=share):
+        whole = not run.after and len(run.ids) <= PASS_TOKENS
+        if not whole and not _continues(model, prompts[run.owners[0]], run):
+            continue
+        done |= set(run.owners)
+        if whole:
+            yield _whole(model, prompts, run.owners, keys, positions)
+            continue
+        changed: list[int] = []
+        yield from _continued(model, prompts, keys, positions, run, None, 0, changed)
+        for n in changed:
+            yield _whole(model, prompts, (n,), keys, positions)
+    rest = [n for n in range(len(prompts)) if n not in done]
+    most = (batch_tokens or 1) if together else 1
+    for batch in _batches([prompts[n] for n in rest], most, padded=model.takes("attention_mask")):
+        numbers = [rest[i] for i in batch]
+        chosen = [positions[n] for n in numbers]
+        found = _forward(model, [prompts[n] for n in numbers], keys, chosen)
+        yield Part(tuple((n,) for n in numbers), tuple(map(tuple, chosen)), found.kept, found.answers)
+
+
+def _whole(
+    model: Model,
+    prompts: Sequence[Encoded],
+    owners: tuple[int, ...],
+    keys: Sequence[Key],
+    positions: Sequence[Sequence[int]],
+) -> Part:
+    """One pass over a prompt, for all that are equal to it."""
+    wanted = _wanted(positions, owners)
+    found = _forward(model, [prompts[owners[0]]], keys, [wanted])
+    return Part((owners,), (tuple(wanted),), found.kept, found.answers)
+
+
+def _wanted(positions: Sequence[Sequence[int]], owners: Sequence[int]) -> list[int]:
+    """Positions that any of some prompts wants."""
+    if len(owners) == 1:
+        return list(positions[owners[0]])
+    return sorted({p for n in owners for p in positions[n]})
+
+
+# -- prompts that begin alike ------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Tokens that some prompts have in common, and what comes after them.
+
+    Attributes:
+        owners: the prompts.
+        ids: the tokens, from where the run before it ends.
+        after: the runs that go on from here.
+    """
+
+    owners: tuple[int, ...]
+    ids: tuple[int, ...]
+    after: list[Run] = field(default_factory=list["Run"])
+
+
+def _runs(prompts: Mapping[int, tuple[int, ...]], *, share: bool, start: int = 0) -> list[Run]:
+    """Prompts as trees of runs, in the order of their first prompts. Equal prompts are one run in any case."""
+    by_ids: dict[tuple[int, ...], list[int]] = {}
+    for n, ids in prompts.items():
+        by_ids.setdefault(ids, []).append(n)
+    found = _tree(sorted(by_ids.items()), start) if share and by_ids else [Run(tuple(o), i[start:]) for i, o in by_ids.items()]
+    return sorted(found, key=lambda run: run.owners)
+
+
+def _tree(items: list[tuple[tuple[int, ...], list[int]]], start: int) -> list[Run]:
+    """Trees of sorted, distinct prompts that agree up to ``start``."""
+    if len(items) == 1:
+        ids, owners = items[0]
+        return [Run(tuple(owners), ids[start:])]
+    first, last = items[0][0], items[-1][0]
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    here = [item for item in items if len(item[0]) == common]
+    longer = [item for item in items if len(item[0]) > common]
+    groups: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
+    for item in longer:
+        groups.setdefault(item[0][common], []).append(item)
+    if common - start < SHARED_TOKENS:
+        apart = [Run(tuple(owners), ids[start:]) for ids, owners in here]
+        return apart + [run for group in groups.values() for run in _tree(group, start)]
+    owners = tuple(sorted(n for _, some in items for n in some))
+    after = [run for group in groups.values() for run in _tree(group, common)]
+    return [Run(owners, first[start:common], sorted(after, key=lambda run: run.owners))]
+
+
+def _continued(
+    model: Model,
+    prompts: Sequence[Encoded],
+    keys: Sequence[Key],
+    positions: Sequence[Sequence[int]],
+    run: Run,
+    cache: Cache | None,
+    past: int,
+    changed: list[int],
+) -> Iterator[Part]:
+    """Run a tree, handing on the cache; prompts that cannot be trusted in the end are put into ``changed``."""
+    stop = past + len(run.ids)
+    pieces = math.ceil(len(run.ids) / PASS_TOKENS)
+    size = math.ceil(len(run.ids) / pieces)
+    needed = max((p for n in run.owners for p in positions[n]), default=-1)
+    before = _buffers(model)
+    for start in range(past, stop, size):
+        end = min(start + size, stop)
+        if start > needed:  # a model that goes on from its cache does not look ahead
+            return
+        wanted = [p for p in _wanted(positions, run.owners) if start <= p < end]
+        more = end < min(stop, needed + 1) or (bool(run.after) and needed >= stop)
+        piece = Encoded(None, prompts[run.owners[0]].ids[start:end])
+        found = _forward(model, [piece], keys if wanted else [], [[p - start for p in wanted]], cache, start, more=more)
+        if _buffers(model) != before:  # rotary tables that depend on the length, say: earlier passes had others
+            model.continues = False
+            changed.extend(run.owners)
+            return
+        cache = found.cache
+        if wanted:
+            yield Part((run.owners,), (tuple(wanted),), found.kept, found.answers)
+    for i, after in enumerate(run.after):
+        own = cache if i == len(run.after) - 1 else deepcopy(cache)
+        yield from _continued(model, prompts, keys, positions, after, own, stop, changed)
+
+
+def _buffers(model: Model) -> list[tuple[int, int]]:
+    """What tells whether a buffer has been changed or exchanged (rotary tables that depend on the length)."""
+    return [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in model.module.buffers() if b.numel()]
+
+
+# -- proof that a model goes on from its cache -------------------------------------------------
+
+
+def _continues(model: Model, prompt: Encoded, run: Run) -> bool:
+    """Whether passes over parts of a prompt give what one pass over all of it gives; proved once for a length."""
+    if model.encoder_decoder or not model.takes("use_cache") or model.stack.batch != 1:
+        return False
+    longest = _longest(run)
+    needed = min(len(prompt.ids), longest, max(2 * SHARED_TOKENS, *_windows(model)) + SHARED_TOKENS)
+    known = model.continues
+    if known is False or (known is not None and known >= needed):
+        return known is not False
+    fine = _proved(model, prompt.ids[:needed])
+    model.continues = needed if fine else False
+    return fine
+
+
+def _longest(run: Run) -> int:
+    return len(run.ids) + max((_longest(after) for after in run.after), default=0)
+
+
+def _windows(model: Model) -> list[int]:
+    """Spans, in tokens, over which the configuration lets the model look back: beyond them it behaves differently."""
+    config: Any = getattr(model.module, "config", None)
+    found: list[int] = [0]
+    for c in (config, getattr(config, "text_config", None)):
+        for name, value in vars(c).items() if c is not None else ():
+            if ("window" in name or "chunk" in name) and isinstance(value, int) and not isinstance(value, bool):
+                found.append(value)
+    return found
+
+
+def _proved(model: Model, ids: tuple[int, ...]) -> bool:
+    """Hold three passes that hand on a cache against one pass, in what the model answers."""
+    key = (model.last_site.layer, model.last_site.kind)
+    cuts = [0, len(ids) // 2 - 1, len(ids) - 2, len(ids)]
+    watched = sorted({0, cuts[1] - 1, cuts[1], cuts[1] + 1, cuts[2] - 1, cuts[2], len(ids) - 1})
+    try:
+        whole = _forward(model, [Encoded(None, ids)], [key], [watched]).kept[key]
+        pieces: list[torch.Tensor] = []
+        cache: Cache | None = None
+        for start, end in pairwise(cuts):
+            here = [p - start for p in watched if start <= p < end]
+            piece = Encoded(None, ids[start:end])
+            found = _forward(model, [piece], [key], [here], cache, start, more=end < len(ids))
+            cache = found.cache
+            pieces.append(found.kept[key])
+        with model.exclusive():
+            truth, ours = model.tail.logits(whole), model.tail.logits(torch.cat(pieces))
+    except (InputError, *FORWARD_ERRORS):
+        return False
+    size = finite_size(truth)
+    # Both round, all the way up the stack, in sums of other shapes: more than a tail does, much less than a fault.
+    return max_difference(ours, truth) <= 64 * tolerance(torch.float32, size) + 2 * tolerance(model.dtype, size)
+
+
+# -- one pass ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    kept: dict[Key, torch.Tensor]
+    answers: torch.Tensor | None
+    cache: Cache | None
+
+
+def _forward(
+    model: Model,
+    prompts: Sequence[Encoded],
+    keys: Sequence[Key],
+    positions: Sequence[Sequence[int]],
+    cache: Cache | None = None,
+    past: int = 0,
+    *,
+    more: bool = False,
+) -> _Found:
+    """One forward pass; the wanted rows of every key, [rows, size]. Stops before the head if it can.
+
+    Args:
+        model: the model.
+        prompts: what is run.
+        keys: what is kept.
+        positions: of each prompt, which rows.
+        cache: what an earlier pass has handed on.
+        past: how many tokens that was.
+        more: whether another pass will go on from this one: then the cache is handed on.
+
+    Returns:
+        The rows, and what the model went on with at the last wanted position of each prompt, [prompts, size], or
+        None where that has another form.
+    """
+    batch_index = torch.tensor([b for b, p in enumerate(positions) for _ in p], dtype=torch.long)
+    token_index = torch.tensor([t for p in positions for t in p], dtype=torch.long)
+    found: dict[Key, torch.Tensor] = {}
+    width = max(len(p.ids) for p in prompts)
+    layout = model.stack.layout
+
+    def keep(key: Key, value: torch.Tensor, scale: float = 1.0) -> None:
+        if key[1] in ("resid_pre", "resid_post") and value.ndim == 4:  # several residual streams
+            value = layout.rows(value)
+            shaped = value.reshape(len(prompts), -1, value.shape[-1])
+        else:
+            shaped = value.reshape(len(prompts), -1, value.shape[-1])  # some MLPs see [tokens, width]
+        if shaped.shape[1] != width:
+            raise ModelError(
+                f"the states of {model.stack.name} have {shaped.shape[1]} positions for {width} tokens: "
+                "this model puts in others that cannot be told apart from them"
+            )
+        rows = shaped[batch_index.to(value.device), token_index.to(value.device)].detach()
+        found[key] = rows if scale == 1.0 else rows * scale
+
+    head = model.tail.head_module
+    went_on: list[torch.Tensor | None] = []
+    handed: dict[str, Any] | None = None
+    with model.exclusive(), Taps() as taps:
+        watch(model, keys, keep, taps)
+
+        def stop(*args: Any, **kwargs: Any) -> torch.Tensor:
+            given = hidden_input(args, kwargs)
+            went_on.append(given)
+            if more and given is not None:  # the model has to come to its end to give its cache
+                return given[..., :1]
+            raise StopForward
+
+        if head is not None:
+            taps.replace(head, stop)
+        inputs = arguments_of(model, prompts, past)
+        if cache is not None or more:
+            inputs |= {"use_cache": True, **(cache or {})}
+        try:
+            with suppress(StopForward), torch.no_grad():
+                result = model.module(**inputs)
+                if more:
+                    handed = _handed_on(model, result)
+                if head is None:
+                    output = output_of(result)
+                    went_on.append(None if output is None else output.logits)
+        except LogitlabError:
+            raise
+        except Exception as error:  # a model's own code can raise anything
+            raise stopped(model, inputs, error) from error
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise ModelError(f"layer {missing[0][0]} was not reached for these inputs (its {missing[0][1]} was not seen)")
+    given = went_on[-1] if went_on else None
+    if given is None or given.numel() != len(prompts) * width * given.shape[-1] or not all(positions):
+        return _Found(found, None, handed)
+    last = torch.tensor([p[-1] for p in positions], device=given.device)
+    rows = given.detach().reshape(len(prompts), width, -1)
+    return _Found(found, rows[torch.arange(len(prompts), device=given.device), last], handed)
+
+
+def _handed_on(model: Model, result: Any) -> dict[str, Any]:
+    """What a pass gives that the model's forward pass also takes: its cache, under whatever name."""
+    pairs: Any = result.items() if hasattr(result, "items") else ()
+    found = {name: value for name, value in pairs if value is not None and model.takes(name) and name != "logits"}
+    if not found:
+        raise ModelError(f"{model.name} returned no cache")
+    return found
+
+
+def stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> InputError:
+    """What to raise when a model's own code refuses an input."""
+    sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
+    why = " ".join(str(error).split())[:300]
+    return InputError(f"{model.name} does not run on this input ({sizes}): {type(error).__name__}: {why}")
+
+
+# -- batches and arguments ---------------------------------------------------------------------
+
+
+def _batches(prompts: Sequence[Encoded], most: int, *, padded: bool) -> Iterator[list[int]]:
+    """Group prompts of similar length so that a batch holds at most ``most`` tokens with padding."""
+    order = sorted(range(len(prompts)), key=lambda n: _size(prompts[n]))
+    batch: list[int] = []
+    for n in order:
+        size = _size(prompts[n])
+        full = bool(batch) and (len(batch) + 1) * size[0] > most
+        other = bool(batch) and not padded and size != _size(prompts[batch[0]])
+        alone = bool(batch) and bool(prompts[n].extra or prompts[batch[0]].extra)
+        if full or other or alone:
+            yield batch
+            batch = []
+        batch.append(n)
+    if batch:
+        yield batch
+
+
+def _size(prompt: Encoded) -> tuple[int, int]:
+    return max(len(prompt.ids), len(prompt.encoder_ids or ())), len(prompt.ids)
+
+
+def arguments_of(model: Model, prompts: Sequence[Encoded], past: int = 0) -> dict[str, Any]:
+    """Keyword arguments of the forward pass; padding is always on the right.
+
+    With padding on the right every token keeps its own position number, whatever the tokenizer's
+    habit, and nothing that comes before it changes. ``past`` is the number of tokens that a cache stands for.
+    """
+    arguments: dict[str, Any] = dict(model.template.options)
+    for key, value in prompts[0].extra.items():  # a prompt with extras is a batch of its own
+        kept = isinstance(value, torch.Tensor)
+        cast_to = model.dtype if kept and value.is_floating_point() else None
+        arguments[key] = value.to(device=model.device, dtype=cast_to) if kept else value
+    if not any(p.ids for p in prompts):
+        return arguments
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None:
+        pad = getattr(getattr(model.module, "config", None), "pad_token_id", None)
+    fill = pad if isinstance(pad, int) and 0 <= pad < model.input_vocab_size else 0
+    ids, mask = _padded([p.ids for p in prompts], fill, model.device)
+    if model.encoder_decoder:
+        arguments["decoder_input_ids"] = ids
+        if model.takes("decoder_attention_mask"):
+            arguments["decoder_attention_mask"] = mask
+        if all(p.encoder_ids is not None for p in prompts):
+            encoder_ids, encoder_mask = _padded([p.encoder_ids or () for p in prompts], fill, model.device)
+            arguments["input_ids"] = encoder_ids
+            if model.takes("attention_mask"):
+                arguments["attention_mask"] = encoder_mask
+        return arguments
+    arguments["input_ids"] = ids
+    if model.takes("attention_mask"):
+        before = torch.ones((len(prompts), past), dtype=mask.dtype, device=mask.device)
+        arguments["attention_mask"] = torch.cat([before, mask], dim=1) if past else mask
+    return arguments
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
