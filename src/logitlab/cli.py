@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +48,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class _Precision(StrEnum):
+    """The names in `logitlab.logits.PRECISIONS`, where no torch is imported."""
+
+    EXACT = "exact"
+    SCREENED = "screened"
+    AUTO = "auto"
+
 
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="'default', a fetched name, a hub id, a folder, or a .gguf file.")
@@ -144,6 +154,12 @@ def read(
         str | None, typer.Option("--positions", "-p", help="Tokens to read: 3, -1, 0,5,-1 or a slice such as 2:8.")
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="Most likely tokens kept in each cell.")] = 5,
+    statistics: Annotated[
+        str, typer.Option(help="What else to compute in each cell: entropy,kl (the default), one of them, or none.")
+    ] = "entropy,kl",
+    precision: Annotated[
+        _Precision, typer.Option(help="exact; screened (to 0.001 nats, quicker); auto (whichever is quicker).")
+    ] = _Precision.EXACT,
     decoder: Annotated[str | None, typer.Option(help="What an encoder-decoder model has already written.")] = None,
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
     audio: Annotated[Path | None, typer.Option(help="A sound (16-bit WAV, 16,000 samples a second).")] = None,
@@ -173,6 +189,7 @@ def read(
     """
     inputs = _inputs(text, file, lines, chat, image, audio)
     chosen = _positions(positions)
+    wanted = _statistics(statistics)
     for path in (html, save, figure):
         _check_output(path)
     _check_figure(figure)
@@ -190,6 +207,8 @@ def read(
             positions=chosen,
             target=[_target(t) for t in target] if target else None,
             top_k=top_k,
+            statistics=wanted,
+            precision=precision.value,
             decoder=decoder,
             concepts=concept,
             progress=lambda done, total: say(f"reading: {done:,} of {total:,}"),
@@ -459,6 +478,17 @@ def _prompts(text: list[str] | None, file: Path | None, lines: bool) -> list[str
     if lines:
         return [line for line in content.splitlines() if line.strip()]
     return [content.removesuffix("\n")]
+
+
+def _statistics(text: str) -> list[str]:
+    """What ``--statistics`` names."""
+    names = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
+    bad = next((name for name in names if name not in ("entropy", "kl")), None)
+    if bad is not None:
+        raise InputError(
+            f"--statistics {text!r}: {bad!r} is none of entropy and kl; give one, both as entropy,kl, or none"
+        )
+    return names
 
 
 def _positions(text: str | None) -> slice | list[int] | None:

@@ -17,7 +17,7 @@ from logitlab.lenses.logit import LogitLens
 from logitlab.logits import Asked, Statistics, statistics
 from logitlab.logits.choose import check_precision, choose
 from logitlab.logits.independent import independent
-from logitlab.logits.statistics import TOLERANCE
+from logitlab.logits.statistics import MAX_ERROR
 from logitlab.models.capture import Activations, activations_of, by_tokens, keys_of, select_positions
 from logitlab.models.encoder import concept_labels
 from logitlab.models.handle import Model
@@ -55,7 +55,7 @@ def read(
     batch_tokens: int | None = None,
     share_prefixes: bool | None = None,
     precision: str = "exact",
-    max_error: float = TOLERANCE,
+    max_error: float = MAX_ERROR,
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Reading:
@@ -134,7 +134,7 @@ def read(
         entropy="entropy" in wanted,
         kl="kl" in wanted,
         precision=precision,
-        tolerance=max_error,
+        max_error=max_error,
         backend=backend,
     )
     settings: dict[str, Any] = {

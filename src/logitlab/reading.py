@@ -31,9 +31,19 @@ UNITS = {
     "kl": "nats",
     "target_logprob": "nats",
     "target_rank": "1 = most likely",
+    "bound": "nats",
     "box": "fraction of the picture",
 }
 """Unit of every quantity in a Reading."""
+
+_NO_TARGET = "no target was asked for; pass target= to read()"
+_ABSENT = {
+    "box": "the model gives no boxes",
+    "entropy": "it was not asked for; name it in statistics= of read()",
+    "kl": "it was not asked for; name it in statistics= of read()",
+    "bound": "it is exact; only screened readings (precision= of read()) have one",
+}
+"""Why a quantity may be missing."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,8 @@ class Cell:
         tokens: labels of the most likely tokens, best first.
         ids: their token ids.
         probabilities: their probabilities, each from 0 to 1.
-        entropy: in nats.
-        kl: KL divergence of this distribution from the model's final one, in nats.
+        entropy: in nats; None if it was not read.
+        kl: KL divergence of this distribution from the model's final one, in nats; None if it was not read.
         target_probabilities: by target, in the Reading's order.
         target_ranks: by target, from 1.
         box: of a detector's query: centre x, centre y, width and height as fractions of the picture.
@@ -98,8 +108,8 @@ class Cell:
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
     probabilities: tuple[float, ...]
-    entropy: float
-    kl: float
+    entropy: float | None
+    kl: float | None
     target_probabilities: tuple[float, ...]
     target_ranks: tuple[int, ...]
     box: tuple[float, ...] | None = None
@@ -120,7 +130,8 @@ class Reading:
         targets: the tokens that were asked for.
         labels: a readable label for every token id that occurs in the table.
         arrays: by name (see `UNITS`): ``top_id`` and ``top_logprob`` [..., k], ``entropy``, ``kl``
-            [...], ``target_logprob`` and ``target_rank`` [..., targets], ``box`` [..., 4] of detectors.
+            [...], ``target_logprob`` and ``target_rank`` [..., targets], ``box`` [..., 4] of detectors,
+            ``bound`` [...] of screened readings.
         provenance: model and its fingerprint, verification, lens, versions, settings.
         completions: labels that replace `labels` at one (prompt, position), where the prompt ends in
             the middle of a character that the next token completes.
@@ -157,6 +168,14 @@ class Reading:
     def kl(self) -> xr.DataArray:
         """KL(model's final distribution || this cell's), nats, [prompt, site, position]."""
         return self._labelled("kl")
+
+    @property
+    def bound(self) -> xr.DataArray:
+        """What screening can have added to the error of any statistic of a cell, nats, [prompt, site, position].
+
+        0 where a cell was computed in full. Ids and ranks are exact in any case.
+        """
+        return self._labelled("bound")
 
     @property
     def rank(self) -> xr.DataArray:
@@ -237,8 +256,8 @@ class Reading:
                         "top": list(cell.tokens),
                         "top_id": list(cell.ids),
                         "top_prob": list(cell.probabilities),
-                        "entropy": cell.entropy,
-                        "kl": cell.kl,
+                        **({} if cell.entropy is None else {"entropy": cell.entropy}),
+                        **({} if cell.kl is None else {"kl": cell.kl}),
                         "target": [t.token for t in self.targets],
                         "target_prob": list(cell.target_probabilities),
                         "target_rank": list(cell.target_ranks),
@@ -250,8 +269,7 @@ class Reading:
         import xarray as xr
 
         if name not in self.arrays:
-            why = "the model gives no boxes" if name == "box" else "no target was asked for; pass target= to read()"
-            raise InputError(f"this Reading has no {name}: {why}")
+            raise InputError(f"this Reading has no {name}: {_ABSENT.get(name, _NO_TARGET)}")
         values = self.arrays[name]
         width = values.shape[2]
         dims = ["prompt", "site", "position"]
@@ -356,8 +374,8 @@ class Reading:
             tokens=tuple(self.label(i, prompt, slot) for i in ids),
             ids=ids,
             probabilities=tuple(float(np.exp(v)) for v in a["top_logprob"][where]),
-            entropy=float(a["entropy"][where]),
-            kl=float(a["kl"][where]),
+            entropy=float(a["entropy"][where]) if "entropy" in a else None,
+            kl=float(a["kl"][where]) if "kl" in a else None,
             target_probabilities=tuple(float(np.exp(v)) for v in a["target_logprob"][where]) if targets else (),
             target_ranks=tuple(int(v) for v in a["target_rank"][where]) if targets else (),
             box=tuple(float(v) for v in a["box"][where]) if "box" in a else None,

@@ -52,7 +52,7 @@ def fake(path: Path, folder: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file that passes for GGUF; the conversion itself is replaced."""
     monkeypatch.setenv("LOGITLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf, "_check_complete", lambda path: None)
+    monkeypatch.setattr(gguf, "_reader", lambda path: None)
     monkeypatch.setattr(gguf, "_convert", fake)
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF and more")
@@ -67,7 +67,7 @@ def slow(path, folder):
     (folder / "model.safetensors").write_bytes(b"half")
     print("writing", flush=True)
     time.sleep(60)
-gguf._check_complete = lambda path: None
+gguf._reader = lambda path: None
 gguf._convert = slow
 gguf.converted(Path(sys.argv[1]))
 """

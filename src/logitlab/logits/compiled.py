@@ -79,6 +79,7 @@ class Library:
         scan: ``int (struct job *)``.
         logits_at: ``int (struct job *, ids, per_row, out)``.
         sizes: ``int (struct job *, size, lost)``.
+        means: ``int (struct job *, mean, mass)``.
         panel: rows that are worked on together.
         columns: columns that a product takes at once.
         bfloat16: whether the processor multiplies bfloat16.
@@ -88,6 +89,7 @@ class Library:
     scan: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     logits_at: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     sizes: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    means: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     panel: int
     columns: int
     bfloat16: bool
@@ -170,5 +172,6 @@ def _load(path: Path) -> Library:
     loaded.logitlab_scan.argtypes = [ctypes.POINTER(Job)]
     loaded.logitlab_logits_at.argtypes = [ctypes.POINTER(Job), _POINTER, _INT, _POINTER]
     loaded.logitlab_sizes.argtypes = [ctypes.POINTER(Job), _POINTER, _POINTER]
-    calls = loaded.logitlab_scan, loaded.logitlab_logits_at, loaded.logitlab_sizes
+    loaded.logitlab_means.argtypes = [ctypes.POINTER(Job), _POINTER, _POINTER]
+    calls = loaded.logitlab_scan, loaded.logitlab_logits_at, loaded.logitlab_sizes, loaded.logitlab_means
     return Library(*calls, facts[2], facts[3], bool(facts[4]), path)

@@ -21,7 +21,7 @@ import torch
 from logitlab.logits import tiled as _tiled
 from logitlab.logits.gpu_scan import scan_kernel
 from logitlab.logits.head import Head, LogitSource
-from logitlab.logits.partial import SPARE, Base, Candidates, Partial, conclude
+from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude
 from logitlab.logits.reference import reference
 from logitlab.logits.rows import HeadRows
 from logitlab.logits.statistics import Request, Statistics
@@ -68,9 +68,8 @@ def triton(x: torch.Tensor, source: Head | LogitSource, request: Request, agains
         return reference(x, source, request, against)
     if request.top_k + SPARE > MOST_CANDIDATES:
         return _tiled.tiled(x, source, request, against)
-    wide = max(
-        1, min(positions, ROWS // groups, REFERENCE_VALUES // source.vocab_size if against is not None else ROWS)
-    )
+    most = REFERENCE_VALUES // source.vocab_size if against is not None and source.softcap is not None else ROWS
+    wide = max(1, min(positions, ROWS // groups, most))
     tall = max(1, min(groups, ROWS // wide))
     columns: list[Statistics] = []
     for p in range(0, positions, wide):
@@ -78,7 +77,7 @@ def triton(x: torch.Tensor, source: Head | LogitSource, request: Request, agains
         base = None
         if against is not None:
             rows = _Rows(against[part], source)
-            base = Base.of(rows, scan(rows, Request(1, source.vocab_size)))
+            base = Base.of(rows, scan(rows, Request(BASE, source.vocab_size)))
         parts = [_block(x[g : g + tall, part], source, request.at(part), base) for g in range(0, groups, tall)]
         columns.append(Statistics.join(parts, dim=0))
     found = Statistics.join(columns, dim=1)
@@ -139,6 +138,8 @@ def scan(
         block: rows, columns and depth of a program's tile.
         splits: parts that the columns are cut into; by default enough to occupy the GPU.
     """
+    if base is not None and base.mean is not None:
+        base = None  # nothing has to be summed column by column
     head, device = rows.head, rows.x.device
     n, d = rows.x.shape
     size = head.vocab_size

@@ -1,6 +1,5 @@
 """The kernel of the triton backend. Types are those of Triton's own language, so Python's are not declared."""
 
-# pyright: reportMissingParameterType=false, reportMissingImports=false, reportUntypedFunctionDecorator=false
 # ruff: noqa: N803, ANN
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from logitlab.errors import LogitlabError
 from logitlab.logits.compiled import Job, Library, library, reason
 from logitlab.logits.head import Head, LogitSource
-from logitlab.logits.partial import SPARE, Base, Candidates, Partial, Rough, conclude
+from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, Rough, conclude
 from logitlab.logits.reference import reference
 from logitlab.logits.rows import HeadRows
 from logitlab.logits.statistics import Request, Statistics
@@ -32,7 +32,7 @@ ROWS = 8192
 BLOCK_ROWS = 1024
 """Rows that use a tile of the head before the next one is brought: enough that bringing it costs nothing."""
 
-THETA = 14.0
+THETA = 16.0
 """Columns less likely than exp(-THETA) may keep their rough logit (`benchmarks/screening.py` measures it)."""
 
 NO_MEMORY = "there is not enough memory to decode: free some, or read fewer positions at once"
@@ -77,7 +77,7 @@ def _columns(x: torch.Tensor, head: Head, request: Request, against: torch.Tenso
     against = against.to("cpu")
     rows = NativeRows(against, head)
     asked = request.for_rows(1, positions)
-    partial = scan(rows, asked)
+    partial = scan(rows, replace(asked, top_k=max(asked.top_k, BASE)))
     base = Base.of(rows, partial)
     last: list[Statistics] = []
     if x.dtype == against.dtype and torch.equal(x[-1], against):  # the last group usually is the reference
@@ -139,16 +139,15 @@ class Pace:
 def _pace(head: Head, request: Request, base: Base | None) -> Pace:
     """What was measured with this head for requests of this kind."""
     kind = (base is not None, request.entropy, 0 if request.targets is None else request.targets.shape[1])
-    return head.kept(f"pace {kind} {request.tolerance}", Pace)
+    return head.kept(f"pace {kind} {request.max_error}", Pace)
 
 
 def _redo(found: Statistics, rows: NativeRows, request: Request, base: Base | None, place: torch.Tensor) -> None:
-    """Do in full the rows whose bound is beyond the tolerance."""
+    """Do in full the rows whose bound is beyond what is allowed."""
     assert found.bound is not None
-    bad = (~(found.bound <= request.tolerance)).nonzero().squeeze(1)
+    bad = (~(found.bound <= request.max_error)).nonzero().squeeze(1)
     if bad.numel() == 0:
         return
-    bad = bad[torch.argsort(place[bad], stable=True)]  # rows of one position share its reference
     some, where = rows.some(bad), place[bad]
     asked = request if request.targets is None else request.with_targets(request.targets[bad])
     exact = conclude(scan(some, asked, base, where), some, rows.head, asked, base, where)
@@ -218,6 +217,22 @@ class NativeRows(HeadRows):
         self.lib.logits_at(ctypes.byref(memory.job), wanted.data_ptr(), wanted.shape[1], out.data_ptr())
         return out
 
+    def mean_row(self, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `HeadRows.mean_row`."""
+        memory, (n, d) = _Memory(self.lib, self.head, self.x), self.x.shape
+        tile = tile_of(d, self.lib.columns)
+        panels, tiles = math.ceil(n / self.lib.panel), math.ceil(self.head.vocab_size / tile)
+        slices = min(tiles, slices_of(panels, torch.get_num_threads(), 16))
+        mean = torch.empty(slices, n, d, dtype=torch.float64)
+        mass = torch.empty(slices, n, dtype=torch.float64)
+        job = memory.job
+        job.tile, job.slices, job.ref_keep = tile, slices, ids.shape[1]
+        job.ref_lse = memory.at(lse.contiguous())
+        job.ref_ids = memory.at(ids.to(torch.int32).contiguous())
+        if self.lib.means(ctypes.byref(job), mean.data_ptr(), mass.data_ptr()) != 0:
+            raise LogitlabError(NO_MEMORY)
+        return mean.sum(0), mass.sum(0)
+
     def some(self, rows: torch.Tensor) -> NativeRows:
         """A few of the rows."""
         return NativeRows(self.x[rows], self.head)
@@ -260,6 +275,8 @@ def scan(
     """
     lib, head, n = rows.lib, rows.head, rows.x.shape[0]
     mode = _SCREENED if screened else _BFLOAT16 if rows.narrow and lib.bfloat16 else _EXACT
+    if base is not None and base.mean is not None:
+        base = None  # nothing has to be summed column by column
     where = None if base is None or place is None else place.numpy()
     tile = tile_of(rows.x.shape[1], lib.columns) if tile is None else tile
     tiles = math.ceil(head.vocab_size / tile)

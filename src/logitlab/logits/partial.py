@@ -19,6 +19,9 @@ from logitlab.logits.statistics import Request, Statistics, in_order
 SPARE = 11
 """Candidates beyond top_k: they also carry the float64 correction of the sums."""
 
+BASE = 21
+"""Top columns of a reference distribution that are looked for, besides `SPARE`: its likeliest weigh in every row."""
+
 
 @dataclass
 class Candidates:
@@ -71,7 +74,7 @@ class Partial:
         best: likeliest columns.
         ranked: likeliest columns among those that are ranked (the same object where all are).
         before: [n, m] int64, ranked columns that come before each target.
-        cross: [n] float64, of reference weights times (reference logit - z); None without a reference.
+        cross: [n] float64, of reference weights times (reference logit - z); None where it is not needed.
         mass: [positions] float64, sum of those weights.
         rough: of a screened pass.
     """
@@ -122,7 +125,11 @@ def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | Non
 
 @dataclass
 class Base:
-    """The distribution that ``kl`` starts from, for a few positions, settled in float64.
+    """The distribution ``r`` that ``kl`` starts from, for a few positions, settled in float64.
+
+    With a linear head ``sum_v r_v (z_ref,v - z_v) = scale (x_ref - x) . sum_v r_v w_v``: one vector for each
+    position, the mean of the head's rows, gives that sum for every row that is compared with it. Behind a
+    soft-cap it has to be summed column by column, see `Partial.cross`.
 
     Attributes:
         rows: its rows.
@@ -130,6 +137,7 @@ class Base:
         entropy: [positions] float64, nats.
         ids: [positions, c] its likeliest columns, treated in float64 and left out of `Partial.cross`.
         z: [positions, c] their logits, float64.
+        mean: [positions, d] float64; None where there is none.
     """
 
     rows: Rows
@@ -137,13 +145,27 @@ class Base:
     entropy: torch.Tensor
     ids: torch.Tensor
     z: torch.Tensor
+    mean: torch.Tensor | None = None
 
     @staticmethod
     def of(rows: Rows, partial: Partial) -> Base:
         """The base that a pass over its rows gives."""
         exact = _exact(rows, partial.best)
         lse, entropy = _sums(partial, exact)
-        return Base(rows, lse, entropy, partial.best.ids, exact)
+        base = Base(rows, lse, entropy, partial.best.ids, exact)
+        if isinstance(rows, HeadRows) and rows.linear:
+            base._take_mean(rows)
+        return base
+
+    def _take_mean(self, rows: HeadRows) -> None:
+        """Take the mean, and the normaliser that its very weights sum to 1 with."""
+        mean, mass = rows.mean_row(self.lse, self.ids)
+        rounded = (self.lse.float().double() - self.lse).exp()  # weights are relative to the float32 normaliser
+        r = (self.z - self.lse.unsqueeze(1)).exp()
+        likely = torch.stack([rows.weigh(some, ids) for some, ids in zip(r, self.ids, strict=True)])
+        total = r.sum(1) + mass * rounded
+        self.mean = (likely + mean * rounded.unsqueeze(1)) / total.unsqueeze(1)
+        self.lse = self.lse + total.log()
 
 
 def conclude(
@@ -210,16 +232,21 @@ def _sums(partial: Partial, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def _kl(partial: Partial, rows: Rows, base: Base, place: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """KL divergence [n] from the reference, in nats."""
+    # sum_v r_v (z_ref - z) rather than two separate sums: what is wrong with r cancels.
+    if base.mean is not None:
+        assert isinstance(rows, HeadRows)
+        assert isinstance(base.rows, HeadRows)
+        return (rows.along(base.mean, place, base.rows) + lse - base.lse[place]).clamp_min(0.0)
     assert partial.cross is not None
     assert partial.mass is not None
-    # sum_v r_v (z_ref - z) rather than two separate sums: what is wrong with r cancels. The base's own
-    # normaliser is taken from these very weights, so they sum to 1.
+    # The base's own normaliser is taken from these very weights, so they sum to 1.
     r = (base.z - base.lse.unsqueeze(1)).exp()
-    total = r.sum(1) + partial.mass
+    rounded = (base.lse.float().double() - base.lse).exp()  # weights are relative to the float32 normaliser
+    total = r.sum(1) + partial.mass * rounded
     gap = base.z[place] - rows.at_all(base.ids[place])
     likely = torch.where(r[place] > 0, r[place] * gap, 0.0).sum(1)
     normal = base.lse + total.log()
-    return ((likely + partial.cross) / total[place] + lse - normal[place]).clamp_min(0.0)
+    return ((likely + partial.cross * rounded[place]) / total[place] + lse - normal[place]).clamp_min(0.0)
 
 
 def _bound(partial: Partial, lse: torch.Tensor, entropy: torch.Tensor, request: Request) -> torch.Tensor:

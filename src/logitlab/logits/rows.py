@@ -13,6 +13,12 @@ from logitlab.logits.statistics import TIE
 PAIR_VALUES = 2**20
 """Most numbers of head rows that are gathered at once, as float64."""
 
+MEAN_TILE = 2048
+"""Columns that are weighed at once."""
+
+ALONG_ROWS = 256
+"""Rows that are widened to float64 at once."""
+
 
 class HeadRows:
     """Rows [n, d] whose logits come from a linear head.
@@ -50,6 +56,45 @@ class HeadRows:
     def at_all(self, ids: torch.Tensor) -> torch.Tensor:
         """Float64 logits at ``ids`` [n, c], row by row -> [n, c]."""
         return _pairs(self, ids)
+
+    @property
+    def linear(self) -> bool:
+        """Whether differences of logits are differences of rows times the head: no soft-cap bends them."""
+        return self.head.softcap is None
+
+    def mean_row(self, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's rows in the mean that each row's own distribution takes of them.
+
+        Args:
+            lse: [n] float64, the log-sum-exp of each row.
+            ids: [n, c] columns that are left out.
+
+        Returns:
+            The sums of weights ``exp(z - float32(lse))`` times rows of the head [n, d], and of weights [n], float64.
+        """
+        n, d = self.x.shape
+        total = torch.zeros(n, d, dtype=torch.float64, device=self.x.device)
+        mass = torch.zeros(n, dtype=torch.float64, device=self.x.device)
+        for start in range(0, self.head.vocab_size, MEAN_TILE):
+            columns = slice(start, min(start + MEAN_TILE, self.head.vocab_size))
+            weights = (self.tile(columns) - lse.float().unsqueeze(1)).exp()
+            row, place = ((ids >= columns.start) & (ids < columns.stop)).nonzero(as_tuple=True)
+            weights[row, ids[row, place] - columns.start] = 0.0
+            total += weights @ self.head.weight[columns].float()
+            mass += weights.sum(dim=1, dtype=torch.float64)
+        return total, mass
+
+    def weigh(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Sum [d] of a few rows of the head times weights [c] float64."""
+        return weights @ self.head.weight[ids].double()
+
+    def along(self, vectors: torch.Tensor, place: torch.Tensor, base: HeadRows) -> torch.Tensor:
+        """``scale (x_base - x) . vectors`` [n] float64, each row with the vector and the base row of its place."""
+        parts = [
+            ((base.x[p].double() - x.double()) * vectors[p]).sum(1)
+            for x, p in zip(self.x.split(ALONG_ROWS), place.split(ALONG_ROWS), strict=True)
+        ]
+        return torch.cat(parts) * self.head.scale
 
     @cached_property
     def bound(self) -> torch.Tensor:

@@ -108,7 +108,7 @@ struct job {
   /* Results: [slices, n, ...]; what is merged is in slice 0. */
   float *max;
   double *sum, *moment, *cross; /* of exp(z - max), exp(z - max) (z - max), weight (reference z - z) */
-  double *tail, *tail_moment, *tail_cross; /* the same sums times how far a rough column can be off, by |x| */
+  double *tail, *tail_moment, *tail_cross; /* SCREENED: the same, of rough columns, times how far each can be off */
   double *mass;                 /* [slices, n_ref] sum of the reference's weights */
   float *best_z, *ranked_z;     /* [slices, n, keep], [slices, n, keep_ranked] */
   int32_t *best_id, *ranked_id;
@@ -316,12 +316,11 @@ static void measure(const float *restrict x, const uint16_t *restrict h, int64_t
 
 /* -- products of a panel with MV columns --------------------------------------------------------------------------*/
 
-/* z [MV, PANEL] = (or +=) w [MV, ldw] times x [d, PANEL] */
+/* z [MV, PANEL] = (or +=) w [MV, ldw] times x [d, PANEL]; what is added is summed by itself first */
 static __attribute__((noinline)) void product(int64_t d, const float *restrict x, const float *restrict w, int64_t ldw,
                                               float *restrict z, int add) {
   vf acc[MV][NV];
-  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++)
-      acc[v][i] = add ? load(z + v * PANEL + i * LANES) : (vf){0};
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) acc[v][i] = (vf){0};
   for (int64_t k = 0; k < d; k++) {
     vf a[NV];
     UNROLL for (int i = 0; i < NV; i++) a[i] = load(x + k * PANEL + i * LANES);
@@ -330,17 +329,36 @@ static __attribute__((noinline)) void product(int64_t d, const float *restrict x
       UNROLL for (int i = 0; i < NV; i++) acc[v][i] += a[i] * b;
     }
   }
-  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) store(z + v * PANEL + i * LANES, acc[v][i]);
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) {
+    float *to = z + v * PANEL + i * LANES;
+    if (add) acc[v][i] += load(to);
+    store(to, acc[v][i]);
+  }
+}
+
+/* out [MV, PANEL] = sum over columns of w [columns, ldw] times weights [columns, PANEL] */
+static __attribute__((noinline)) void combine(int64_t columns, const float *restrict weights, const float *restrict w,
+                                              int64_t ldw, float *restrict out) {
+  vf acc[MV][NV];
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) acc[v][i] = (vf){0};
+  for (int64_t c = 0; c < columns; c++) {
+    vf a[NV];
+    UNROLL for (int i = 0; i < NV; i++) a[i] = load(weights + c * PANEL + i * LANES);
+    UNROLL for (int v = 0; v < MV; v++) {
+      float b = w[c * ldw + v];
+      UNROLL for (int i = 0; i < NV; i++) acc[v][i] += a[i] * b;
+    }
+  }
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) store(out + v * PANEL + i * LANES, acc[v][i]);
 }
 
 #if HAS_BFLOAT16
-/* The same of pairs of bfloat16: x [d / 2, PANEL], w [MV, ldw]. */
+/* `product` of pairs of bfloat16: x [d / 2, PANEL], w [MV, ldw]. */
 static __attribute__((noinline)) void product_bfloat16(int64_t d2, const uint32_t *restrict x,
                                                        const uint32_t *restrict w, int64_t ldw, float *restrict z,
                                                        int add) {
   __m512 acc[MV][NV];
-  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++)
-      acc[v][i] = add ? (__m512)load(z + v * PANEL + i * LANES) : _mm512_setzero_ps();
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) acc[v][i] = _mm512_setzero_ps();
   for (int64_t k = 0; k < d2; k++) {
     __m512i a[NV];
     UNROLL for (int i = 0; i < NV; i++) a[i] = _mm512_load_si512(x + k * PANEL + i * LANES);
@@ -349,8 +367,12 @@ static __attribute__((noinline)) void product_bfloat16(int64_t d2, const uint32_
       UNROLL for (int i = 0; i < NV; i++) acc[v][i] = _mm512_dpbf16_ps(acc[v][i], (__m512bh)a[i], (__m512bh)b);
     }
   }
-  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++)
-      store(z + v * PANEL + i * LANES, (vf)acc[v][i]);
+  UNROLL for (int v = 0; v < MV; v++) UNROLL for (int i = 0; i < NV; i++) {
+    float *to = z + v * PANEL + i * LANES;
+    vf sum = (vf)acc[v][i];
+    if (add) sum += load(to);
+    store(to, sum);
+  }
 }
 #endif
 
@@ -381,7 +403,7 @@ struct __attribute__((aligned(64))) panel {
   float rough[PANEL];                      /* SCREENED: what a rough logit has to exceed to be computed again */
   float known[PANEL], known_worst[PANEL];  /* SCREENED: what the first slice found: log-sum-exp, worst of the best */
   double sum[PANEL], moment[PANEL], cross[PANEL];
-  double tail[PANEL], tail_moment[PANEL], tail_cross[PANEL];
+  double tail[PANEL], tail_moment[PANEL], tail_cross[PANEL]; /* still to be multiplied by `size` */
   int64_t again[PANEL];
   int32_t row[PANEL]; /* -1 where there is none */
   int32_t place[PANEL];
@@ -429,7 +451,7 @@ static void postmap(const struct job *j, float *restrict z, int64_t start, int64
   }
 }
 
-#define DEPTH 512 /* of a product, so that a panel's part stays in the first cache */
+#define DEPTH 192 /* of a product: a panel's part stays in the first cache, and short sums round less than long ones */
 
 static void multiply(const struct job *j, const float *x, const struct tile *t, float *z) {
   for (int64_t k = 0; k < j->d; k += DEPTH) {
@@ -810,9 +832,10 @@ static void finish(const struct job *j, struct scratch *s, int64_t b, int64_t sl
     j->moment[to] = p->moment[lane];
     if (j->cross) j->cross[to] = p->cross[lane];
     if (j->mode == SCREENED) {
-      j->tail[to] = p->tail[lane];
-      j->tail_moment[to] = p->tail_moment[lane];
-      if (j->cross) j->tail_cross[to] = p->tail_cross[lane];
+      double size = p->size[lane];
+      j->tail[to] = p->tail[lane] * size;
+      j->tail_moment[to] = p->tail_moment[lane] * size;
+      if (j->cross) j->tail_cross[to] = p->tail_cross[lane] * size;
       j->most[to] = (double)p->size[lane] * s->most;
       j->again[to] = p->again[lane];
     }
@@ -995,6 +1018,88 @@ int logitlab_scan(const struct job *j) {
   if (together(&c, scan_work, j->threads < c.pieces ? j->threads : c.pieces)) return 1;
   if (j->slices > 1) together(&c, merge_work, j->n / 64 < j->threads ? j->n / 64 + 1 : j->threads);
   return 0;
+}
+
+struct means {
+  struct crew crew;
+  double *mean, *mass; /* [slices, n, d], [slices, n] */
+};
+
+static void mean_piece(const struct job *j, struct means *a, int64_t q, int64_t slice, float *x, float *z, float *part,
+                       double *sum, struct scratch *s) {
+  int32_t rows[PANEL];
+  double mass[PANEL] = {0};
+  for (int lane = 0; lane < PANEL; lane++) rows[lane] = q * PANEL + lane < j->n ? (int32_t)(q * PANEL + lane) : -1;
+  pack(j->x, j->d, rows, x);
+  memset(sum, 0, (size_t)(j->d * PANEL) * sizeof *sum);
+  int64_t tiles = (j->columns + j->tile - 1) / j->tile;
+  for (int64_t i = tiles * slice / j->slices; i < tiles * (slice + 1) / j->slices; i++) {
+    int64_t start = i * j->tile, count = j->columns - start < j->tile ? j->columns - start : j->tile;
+    struct tile t = prepare(j, s, start, count);
+    multiply(j, x, &t, z);
+    postmap(j, z, start, count);
+    for (int l = 0; l < NV; l++) {
+      vf lse = {0};
+      for (int k = 0; k < LANES; k++) lse[k] = rows[l * LANES + k] < 0 ? INFINITY : (float)j->ref_lse[rows[l * LANES + k]];
+      for (int64_t v = 0; v < count; v++) {
+        float *to = z + v * PANEL + l * LANES;
+        vf lower = load(to) - lse;
+        store(to, vexp(choose(lower > 0.0f, splat(0), vmax(lower, splat(-87.5f)))));
+      }
+    }
+    for (int lane = 0; lane < PANEL; lane++) {
+      if (rows[lane] < 0) continue;
+      for (int64_t c = 0; c < j->ref_keep; c++) {
+        int64_t v = j->ref_ids[rows[lane] * j->ref_keep + c] - j->first - start;
+        if (v >= 0 && v < count) z[v * PANEL + lane] = 0;
+      }
+      for (int64_t v = 0; v < count; v++) mass[lane] += z[v * PANEL + lane];
+    }
+    for (int64_t k = 0; k < j->d; k += MV) {
+      int64_t some = j->d - k < MV ? j->d - k : MV;
+      if (some == MV) {
+        combine(count, z, t.w + k, t.ldw, part);
+      } else { /* the last coordinates, where a whole group of them would reach beyond the row */
+        memset(part, 0, MV * PANEL * sizeof *part);
+        for (int64_t v = 0; v < count; v++)
+          for (int64_t o = 0; o < some; o++)
+            for (int lane = 0; lane < PANEL; lane++) part[o * PANEL + lane] += t.w[v * t.ldw + k + o] * z[v * PANEL + lane];
+      }
+      for (int64_t o = 0; o < some * PANEL; o++) sum[k * PANEL + o] += part[o];
+    }
+  }
+  for (int lane = 0; lane < PANEL; lane++) {
+    if (rows[lane] < 0) continue;
+    int64_t to = slice * j->n + rows[lane];
+    a->mass[to] = mass[lane];
+    for (int64_t k = 0; k < j->d; k++) a->mean[to * j->d + k] = sum[k * PANEL + lane];
+  }
+}
+
+static void *mean_work(void *argument) {
+  struct means *a = argument;
+  const struct job *j = a->crew.job;
+  int64_t panels = (j->n + PANEL - 1) / PANEL, tile = (j->tile + MV - 1) / MV * MV;
+  struct scratch s = {.w = room(tile * j->d, 4)};
+  float *x = room(j->d * PANEL, 4), *z = room(tile * PANEL, 4), *part = room(MV * PANEL, 4);
+  double *sum = room(j->d * PANEL, 8);
+  if (s.w && x && z && part && sum)
+    for (int64_t i; (i = atomic_fetch_add(&a->crew.next, 1)) < panels * j->slices;)
+      mean_piece(j, a, i % panels, i / panels, x, z, part, sum, &s);
+  else
+    atomic_store(&a->crew.failed, 1);
+  free(s.w), free(x), free(z), free(part), free(sum);
+  return NULL;
+}
+
+/*
+ * The head's rows in the mean that the distribution of each row of x takes of them, its columns `ref_ids` left out:
+ * sums of weights exp(z - ref_lse) times rows, and of weights; [slices, n, d] and [slices, n].
+ */
+int logitlab_means(const struct job *j, double *mean, double *mass) {
+  struct means a = {.crew = {.job = j}, .mean = mean, .mass = mass};
+  int64_t pieces = (j->n + PANEL - 1) / PANEL * j->slices;
+  return together(&a.crew, mean_work, j->threads < pieces ? j->threads : pieces);
 }
 
 struct sizes {

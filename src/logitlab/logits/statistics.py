@@ -24,7 +24,7 @@ from logitlab.logits.head import Head, LogitSource
 TIE = 2.0**-30
 """Logits are compared in steps of this size."""
 
-TOLERANCE = 1e-3
+MAX_ERROR = 1e-3
 """Nats by which a screened statistic may be off, unless the caller says otherwise."""
 
 
@@ -82,7 +82,7 @@ class Request:
         allowed: [V] bool, the columns that are ranked, or None for all; normalisation ignores it.
         entropy: whether the entropy is wanted.
         precision: one of `PRECISIONS`.
-        tolerance: nats by which a screened statistic may be off.
+        max_error: nats by which a screened statistic may be off.
     """
 
     top_k: int
@@ -91,7 +91,7 @@ class Request:
     allowed: torch.Tensor | None = None
     entropy: bool = True
     precision: str = "exact"
-    tolerance: float = TOLERANCE
+    max_error: float = MAX_ERROR
 
     def only_top(self) -> Request:
         """The same without targets and entropy."""
@@ -126,7 +126,7 @@ class Asked:
         entropy: whether the entropy is wanted.
         kl: whether the divergence from a reference is wanted.
         precision: as in `statistics`.
-        tolerance: as in `statistics`.
+        max_error: as in `statistics`.
         backend: as in `statistics`.
     """
 
@@ -136,7 +136,7 @@ class Asked:
     entropy: bool = True
     kl: bool = True
     precision: str = "exact"
-    tolerance: float = TOLERANCE
+    max_error: float = MAX_ERROR
     backend: str = "auto"
 
     def of(self, x: torch.Tensor, source: Head | LogitSource, reference: torch.Tensor | None) -> Statistics:
@@ -150,7 +150,7 @@ class Asked:
             reference=reference if self.kl else None,
             entropy=self.entropy,
             precision=self.precision,
-            tolerance=self.tolerance,
+            max_error=self.max_error,
             backend=self.backend,
         )
 
@@ -178,7 +178,7 @@ def statistics(
     reference: torch.Tensor | None = None,
     entropy: bool = True,
     precision: str = "exact",
-    tolerance: float = TOLERANCE,
+    max_error: float = MAX_ERROR,
     backend: str = "auto",
 ) -> Statistics:
     """Statistics over the vocabulary of decoded rows.
@@ -196,10 +196,10 @@ def statistics(
         entropy: whether the entropy is wanted.
         precision: ``exact`` (the default): float32 products, float64 where those are too coarse. ``screened``:
             where the processor multiplies bfloat16, a first look in bfloat16, after which every column that
-            can still matter is computed again in float32; no statistic is off by more than ``tolerance``,
+            can still matter is computed again in float32; no statistic is off by more than ``max_error``,
             and rows for which that cannot be shown are done in full. ``auto``: screened if that turns out
             faster on the first rows, else exact.
-        tolerance: nats by which a screened statistic may be off. The bound that holds for each row is in the
+        max_error: nats by which a screened statistic may be off. The bound that holds for each row is in the
             result. Ids and ranks are exact in every precision.
         backend: one of `BACKENDS`.
 
@@ -225,12 +225,12 @@ def statistics(
     if top_k < 1:
         raise InputError(f"top_k is {top_k}; it must be at least 1")
     check_precision(precision)
-    if not tolerance > 0:
-        raise InputError(f"the tolerance is {tolerance}; it is a number of nats above 0")
+    if not max_error > 0:
+        raise InputError(f"max_error is {max_error}; it is a number of nats above 0")
     if targets is not None:
         targets = _checked_targets(targets, x.shape[1], size)
     name = choose(backend, source)
-    request = Request(min(top_k, columns), columns, targets, allowed, entropy, precision, tolerance)
+    request = Request(min(top_k, columns), columns, targets, allowed, entropy, precision, max_error)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return run_of(name)(x, source, request, reference)
 

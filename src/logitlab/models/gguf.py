@@ -8,7 +8,9 @@ import logging
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def converted(path: Path) -> Path:
     folder = cache_folder() / "gguf" / digest[:32]
     if (folder / RECORD).is_file():
         return folder
-    _check_complete(path)
+    reader = _reader(path)
     log.info("converting %s to safetensors (once; kept in %s)", path.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,8 @@ def converted(path: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as name:
             made = Path(name) / "model"
             made.mkdir()
-            _convert(path, made)
+            with _shared(reader, path):
+                _convert(path, made)
             record = {"source": path.name, "sha256": digest, "transformers": version("transformers")}
             (made / RECORD).write_text(json.dumps(record), encoding="utf-8")
             _move(made, folder)
@@ -70,6 +73,17 @@ def converted(path: Path) -> Path:
             "free some space, or set LOGITLAB_CACHE to another folder"
         ) from error
     return folder
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write the safetensors copy of a GGUF file into an existing folder, outside of the cache.
+
+    Raises:
+        ModelError: the file is not whole, or transformers cannot convert it.
+        InputError: ``gguf`` and ``accelerate`` are not installed.
+    """
+    with _shared(_reader(path), path):
+        _convert(path, folder)
 
 
 def _sweep(folder: Path) -> None:
@@ -91,7 +105,8 @@ def _move(made: Path, folder: Path) -> None:
             made.rename(folder)
 
 
-def _check_complete(path: Path) -> None:
+def _reader(path: Path) -> Any:
+    """What ``gguf`` has read of a file that is whole."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -107,6 +122,29 @@ def _check_complete(path: Path) -> None:
         raise ModelError(
             f"{path} is truncated: it has {path.stat().st_size} bytes of at least {end}; download or copy it again"
         )
+    return reader
+
+
+@contextmanager
+def _shared(reader: Any, path: Path) -> Generator[None]:
+    """Let transformers have this reader, and one table of names, where it would make each many times over.
+
+    It asks ``gguf`` for them by name each time, so they are put there for as long as a conversion lasts. Otherwise
+    they take most of its time.
+    """
+    import gguf
+
+    package: Any = gguf
+    own = package.GGUFReader, package.get_tensor_name_map
+
+    def read(wanted: Any, *more: Any, **options: Any) -> Any:
+        return reader if Path(wanted) == path else own[0](wanted, *more, **options)
+
+    package.GGUFReader, package.get_tensor_name_map = read, cache(own[1])
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = own
 
 
 def _convert(path: Path, folder: Path) -> None:

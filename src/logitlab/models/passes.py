@@ -151,7 +151,11 @@ def _runs(prompts: Mapping[int, tuple[int, ...]], *, share: bool, start: int = 0
     by_ids: dict[tuple[int, ...], list[int]] = {}
     for n, ids in prompts.items():
         by_ids.setdefault(ids, []).append(n)
-    found = _tree(sorted(by_ids.items()), start) if share and by_ids else [Run(tuple(o), i[start:]) for i, o in by_ids.items()]
+    found = (
+        _tree(sorted(by_ids.items()), start)
+        if share and by_ids
+        else [Run(tuple(o), i[start:]) for i, o in by_ids.items()]
+    )
     return sorted(found, key=lambda run: run.owners)
 
 

@@ -125,9 +125,10 @@ def _prompt(reading: Reading, n: int, table: _Labels) -> dict[str, Any]:
         "pictures": [_picture(reading, n, picture) for picture in prompt.pictures],
         "top": table.numbers(n, length).ravel().tolist(),
         "logprob": _packed(-arrays["top_logprob"][n, :, :length]),
-        "entropy": _packed(arrays["entropy"][n, :, :length]),
-        "kl": _packed(arrays["kl"][n, :, :length]),
     }
+    for name in ("entropy", "kl"):
+        if name in arrays:
+            held[name] = _packed(arrays[name][n, :, :length])
     if reading.targets:
         held["targetLogprob"] = _packed(-arrays["target_logprob"][n, :, :length])
         held["targetRank"] = arrays["target_rank"][n, :, :length].ravel().tolist()

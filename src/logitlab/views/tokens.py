@@ -131,3 +131,11 @@ def percent(probability: float) -> str:
     if 0 < probability < 0.01:
         return "<1%"
     return ">99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
+
+
+def error_bound(reading: Reading) -> float:
+    """The most that screening can have added to the error of any cell, in nats."""
+    import numpy as np
+
+    found = reading.arrays["bound"]
+    return float(np.nanmax(found)) if found.size else 0.0

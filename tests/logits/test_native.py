@@ -1,0 +1,442 @@
+"""The compiled scan: any way of cutting the work, every build of the kernel, screening and its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logitlab.errors import LogitlabError
+from logitlab.logits import Head, Statistics, compiled, native, statistics
+from logitlab.logits.partial import BASE, Base, conclude
+from logitlab.logits.statistics import Request
+from tests.logits.common import NAMES, assert_same, both, random_head, random_rows
+
+
+def bfloat16_products() -> bool:
+    found = compiled.library()
+    return found is not None and found.bfloat16
+
+
+screens = pytest.mark.skipif(not bfloat16_products(), reason="this processor does not multiply bfloat16")
+
+
+def scanned(
+    head: Head,
+    x: torch.Tensor,
+    *,
+    top_k: int = 4,
+    targets: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+    **how: Any,
+) -> Statistics:
+    """Statistics of [groups, positions, d] against the first group, with the work cut as ``how`` says."""
+    groups, positions = x.shape[:2]
+    columns = head.vocab_size if allowed is None else int(allowed.sum())
+    asked = Request(top_k, columns, None if targets is None else targets.unsqueeze(0), allowed)
+    base_rows = native.NativeRows(x[0], head)
+    base = Base.of(base_rows, native.scan(base_rows, replace(asked.for_rows(1, positions), top_k=BASE), **how))
+    rows = native.NativeRows(x.reshape(-1, x.shape[-1]), head)
+    place = torch.arange(positions).repeat(groups)
+    request = asked.for_rows(groups, positions)
+    found = conclude(native.scan(rows, request, base, place, **how), rows, head, request, base, place)
+    return found.map(lambda v: v.reshape(groups, positions, *v.shape[1:]))
+
+
+# -- how the work is cut -----------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tile=st.integers(1, 700),
+    slices=st.integers(1, 9),
+    groups=st.integers(1, 6),
+    positions=st.integers(1, 70),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    filtered=st.booleans(),
+)
+def test_any_tile_and_any_split_gives_the_same(
+    tile: int, slices: int, groups: int, positions: int, width: int, seed: int, filtered: bool
+) -> None:
+    head = random_head(601, width, seed)
+    x = random_rows(groups, positions, width, seed=seed + 1, size=16 / width**0.5)
+    targets = torch.tensor([0, 300, 600])
+    allowed = torch.arange(601) % 3 != 1 if filtered else None
+    exact = statistics(x, head, top_k=4, targets=targets, reference=x[0], allowed=allowed, backend="reference")
+    found = scanned(head, x, targets=targets, allowed=allowed, tile=tile, slices=slices)
+    assert_same(found, scanned(head, x, targets=targets, allowed=allowed), tolerance=1e-6)
+    assert_same(found, exact)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    """Each piece of work is summed by one thread in one order, so threads only change who does it."""
+    head, x = random_head(3000, 48), random_rows(7, 33, 48)
+    before = torch.get_num_threads()
+    whole = scanned(head, x, targets=torch.tensor([5]), slices=4)
+    try:
+        torch.set_num_threads(threads)
+        found = scanned(head, x, targets=torch.tensor([5]), slices=4)
+    finally:
+        torch.set_num_threads(before)
+    for name in ("top_ids", *NAMES, "target_rank"):
+        assert torch.equal(getattr(found, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 63, 191, 192, 193, 287, 288, 289, 1000])
+def test_widths_that_no_vector_divides(d: int) -> None:
+    head, x = random_head(500, d, scale=1 / d**0.5), random_rows(2, 37, d, size=5)
+    assert_same(*both("native", x, head, targets=torch.tensor([3]), reference=x[1]), tolerance=3e-6)
+
+
+def test_a_head_whose_rows_are_part_of_longer_ones() -> None:
+    whole = random_head(500, 40)
+    x = random_rows(2, 5, 24)
+    part = Head(whole.weight[:, 8:32])
+    assert not part.weight.is_contiguous()
+    assert_same(*both("native", x, part, targets=torch.tensor([3]), reference=x[1]), tolerance=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    places=st.lists(st.integers(0, 40), min_size=1, max_size=200),
+    most=st.integers(1, 90),
+    panel=st.sampled_from([1, 4, 32]),
+)
+def test_a_plan_has_every_row_once(places: list[int], most: int, panel: int) -> None:
+    place = np.array(places)
+    plan = native.plan_of(len(places), place, panel, most)
+    assert sorted(plan.order.tolist()) == list(range(len(places)))
+    assert plan.blocks[0] == 0
+    assert plan.blocks[-1] == len(places)
+    counted: list[int] = []
+    for b in range(len(plan.first)):
+        rows = plan.order[plan.blocks[b] : plan.blocks[b + 1]]
+        assert len(rows)
+        first, count = int(plan.first[b]), int(plan.count[b])
+        assert place[rows].min() >= first
+        assert place[rows].max() < first + count
+        if plan.counts[b]:
+            counted += range(first, first + count)
+    assert len(counted) == len(set(counted))  # each reference row's weights are summed once
+    assert set(counted) >= set(places)
+
+
+def test_rows_of_any_order_find_their_reference() -> None:
+    """Rows that are done again after screening come in no regular order."""
+    head, x = random_head(800, 32), random_rows(5, 40, 32, size=2)
+    rows = native.NativeRows(x[0], head)
+    base = Base.of(rows, native.scan(rows, Request(BASE, 800)))
+    some = torch.tensor([199, 3, 44, 41, 3, 160, 77, 0])
+    flat = x.reshape(-1, 32)[some]
+    place = some % 40
+    chosen = native.NativeRows(flat, head)
+    request = Request(3, 800)
+    found = conclude(native.scan(chosen, request, base, place), chosen, head, request, base, place)
+    exact = statistics(x, head, top_k=3, reference=x[0], backend="reference")
+    assert exact.kl is not None
+    torch.testing.assert_close(found.kl, exact.kl.reshape(-1)[some], atol=1e-6, rtol=0)
+
+
+def test_the_last_group_is_not_worked_out_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It usually is the reference itself: its statistics come from the pass over the reference."""
+    rows: list[int] = []
+    original = native.scan
+
+    def watched(given: native.NativeRows, *args: Any, **options: Any) -> Any:
+        rows.append(given.x.shape[0])
+        return original(given, *args, **options)
+
+    monkeypatch.setattr(native, "scan", watched)
+    head, x = random_head(300, 16), random_rows(4, 10, 16)
+    assert_same(*both("native", x, head, targets=torch.tensor([7]), reference=x[-1]))
+    assert rows == [10, 30]
+    rows.clear()
+    assert_same(*both("native", x, head, targets=torch.tensor([7]), reference=x[0] * 2))
+    assert rows == [10, 40]
+    rows.clear()
+    assert_same(*both("native", x[:1], head, targets=torch.tensor([7]), reference=x[0]))
+    assert rows == [10]
+
+
+def test_many_rows_are_scanned_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x = random_head(300, 16), random_rows(4, 30, 16)
+    whole = statistics(x, head, targets=torch.tensor([7]), reference=x[-1], backend="native")
+    for rows in (1, 7, 50):
+        monkeypatch.setattr(native, "ROWS", rows)
+        assert_same(statistics(x, head, targets=torch.tensor([7]), reference=x[-1], backend="native"), whole, 1e-6)
+
+
+def test_no_memory_is_said_in_one_line() -> None:
+    head = Head(torch.zeros(1, 1).expand(10, 2**40))
+    x = torch.zeros(1, 1).expand(1, 2**40)
+    rows = native.NativeRows.__new__(native.NativeRows)
+    lib = compiled.library()
+    assert lib is not None
+    rows.__dict__.update(lib=lib, head=head, x=x, given=x, narrow=False, size=torch.ones(10), lost=torch.ones(10))
+    rows.__dict__["bound"] = torch.zeros(1, 1, dtype=torch.float64)
+
+    memory = native._Memory.__new__(native._Memory)
+    memory.__dict__.update(
+        _alive=[], lib=lib, job=compiled.Job(n=1, d=2**40, columns=10, x=1, w=1, ldw=2**40, threads=1)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_Memory", lambda *args: memory)
+        with pytest.raises(LogitlabError, match="not enough memory to decode: free some, or read fewer positions"):
+            native.scan(rows, Request(1, 10))
+
+
+# -- builds of the kernel ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=[4, 8])
+def other_build(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    """The kernel built with shorter vectors, as for processors without AVX-512."""
+    monkeypatch.setenv("LOGITLAB_CACHE", str(tmp_path_factory.getbasetemp() / "builds"))
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, f"-DLOGITLAB_LANES={request.param}"))
+    compiled._found.cache_clear()
+    yield request.param
+    compiled._found.cache_clear()
+
+
+def test_shorter_vectors(other_build: int) -> None:
+    lib = compiled.library()
+    assert lib is not None
+    assert lib.panel == 2 * other_build
+    assert not lib.bfloat16
+    for options in ({}, {"softcap": 5.0, "scale": 0.5}, {"bias": torch.linspace(-3, 3, 777)}):
+        head, x = random_head(777, 45, **options), random_rows(3, 21, 45, size=3)
+        assert_same(*both("native", x, head, top_k=6, targets=torch.tensor([7, 776]), reference=x[2]), tolerance=2e-6)
+    half = Head(random_head(500, 33).weight.bfloat16())
+    x = random_rows(3, 9, 33).bfloat16()
+    assert_same(*both("native", x, half, targets=torch.tensor([7]), reference=x[2]))
+
+
+def test_screening_needs_bfloat16_products(other_build: int) -> None:
+    """Elsewhere a screened request is done in full, which keeps its promise."""
+    head, x = random_head(777, 45), random_rows(3, 21, 45, size=3)
+    found, exact = both("native", x, head, targets=torch.tensor([7]), reference=x[2], precision="screened")
+    assert_same(found, exact)
+    assert found.bound is not None
+    assert not bool(found.bound.any())
+
+
+# -- bfloat16 ----------------------------------------------------------------------------------
+
+
+@screens
+@pytest.mark.parametrize("d", [2, 31, 64, 500])
+def test_bfloat16_rows_and_heads_are_multiplied_as_they_are(d: int) -> None:
+    """Their products are exact in float32, so this is as exact as float32 is, at the rate of bfloat16."""
+    head = Head((random_head(900, d).weight / d**0.5).bfloat16())
+    x = (random_rows(3, 40, d) * 4).bfloat16()
+    assert native.NativeRows(x[0], head).narrow
+    assert_same(*both("native", x, head, targets=torch.tensor([3, 899]), reference=x[2]), tolerance=3e-6)
+
+
+@screens
+def test_bfloat16_rows_of_a_float32_head_are_not_rounded() -> None:
+    head = random_head(900, 64)
+    x = random_rows(2, 5, 64).bfloat16()
+    assert not native.NativeRows(x[0], head).narrow
+    assert_same(*both("native", x, head, targets=torch.tensor([3]), reference=x[1]), tolerance=1e-5)
+
+
+# -- screening ---------------------------------------------------------------------------------
+
+
+def assert_within_bound(found: Statistics, exact: Statistics, max_error: float = 1e-3) -> None:
+    """Ids and ranks are exact; everything else is off by no more than the stated bound and what float32 is off by."""
+    assert torch.equal(found.top_ids, exact.top_ids)
+    assert found.bound is not None
+    assert bool((found.bound >= 0).all())
+    assert float(found.bound.max()) <= max_error
+    if exact.target_rank is not None:
+        assert found.target_rank is not None
+        assert torch.equal(found.target_rank, exact.target_rank)
+    for name in NAMES:
+        a, b = getattr(found, name), getattr(exact, name)
+        if b is not None:
+            allowed = found.bound if a.ndim == 2 else found.bound.unsqueeze(-1)
+            assert bool(((a - b).abs() <= allowed + 1e-5).all()), (name, float((a - b).abs().max()))
+
+
+@screens
+@pytest.mark.parametrize("size", [0.05, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": 0.25}, {"softcap": 4.0}, {"bias": torch.linspace(-2, 2, 9000)}, {"scale": -1.5}],
+    ids=["plain", "scale", "cap", "bias", "negative"],
+)
+def test_a_screened_statistic_is_within_its_bound(size: float, options: dict[str, Any]) -> None:
+    head, x = random_head(9000, 96, **options), random_rows(5, 50, 96, size=size)
+    targets = torch.tensor([0, 4000, 8999])
+    found, exact = both("native", x, head, top_k=10, targets=targets, reference=x[-1], precision="screened")
+    assert_within_bound(found, exact)
+
+
+@screens
+@settings(max_examples=40, deadline=None)
+@given(
+    tile=st.integers(1, 700),
+    slices=st.integers(1, 9),
+    groups=st.integers(1, 5),
+    positions=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    size=st.floats(0.01, 10),
+)
+def test_any_split_of_a_screened_pass(
+    tile: int, slices: int, groups: int, positions: int, seed: int, size: float
+) -> None:
+    head = random_head(1500, 24, seed)
+    x = random_rows(groups, positions, 24, seed=seed + 1, size=size)
+    targets = torch.tensor([0, 300, 1499])
+    exact = statistics(x, head, top_k=4, targets=targets, reference=x[0], backend="reference")
+    found = scanned(head, x, targets=targets, screened=True, tile=tile, slices=slices)
+    assert_within_bound(found, exact, max_error=torch.inf)
+
+
+@screens
+def test_the_bound_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screened sums do differ from exact ones, by less than is stated but not by nothing."""
+    monkeypatch.setattr(native, "THETA", 7.0)
+    head, x = random_head(9000, 96), random_rows(1, 200, 96, size=0.6)
+    found, exact = both("native", x, head, precision="screened", max_error=0.5)
+    assert found.bound is not None
+    assert found.entropy is not None
+    assert exact.entropy is not None
+    gap = (found.entropy - exact.entropy).abs()
+    assert float(gap.max()) > 1e-5
+    assert float(found.bound.max()) < 1000 * float(gap.max())
+
+
+@screens
+def test_rows_that_cannot_be_bounded_are_done_in_full() -> None:
+    """A flat distribution has its mass in columns that stay rough: at 1e-9 nats nearly every row is done again."""
+    head, x = random_head(9000, 96), random_rows(2, 60, 96, size=0.3)
+    strict, exact = both("native", x, head, reference=x[1], precision="screened", max_error=1e-9)
+    assert_within_bound(strict, exact, max_error=1e-9)
+    loose = statistics(x, head, reference=x[1], precision="screened", max_error=10.0)
+    assert strict.bound is not None
+    assert loose.bound is not None
+    assert int((strict.bound == 0).sum()) > 100
+    assert int((loose.bound == 0).sum()) <= 60  # those of the reference itself
+    assert_within_bound(loose, exact, max_error=10.0)
+
+
+@screens
+def test_screening_with_a_filter() -> None:
+    head, x = random_head(5000, 64), random_rows(3, 40, 64)
+    allowed = torch.arange(5000) % 7 == 1
+    options = {"top_k": 6, "targets": torch.tensor([8, 5]), "allowed": allowed, "reference": x[0]}
+    found, exact = both("native", x, head, precision="screened", **options)
+    assert_within_bound(found, exact)
+
+
+@screens
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_screening_narrow_heads(dtype: torch.dtype) -> None:
+    """Of a bfloat16 head nothing is lost, so less of it has to be computed again."""
+    wide = random_head(6000, 80)
+    head = Head(wide.weight.to(dtype))
+    x = random_rows(3, 40, 80)
+    found, exact = both("native", x, head, targets=torch.tensor([8, 5]), reference=x[0], precision="screened")
+    assert_within_bound(found, exact)
+    if dtype == torch.bfloat16:
+        rows = native.NativeRows(x.reshape(-1, 80), head)
+        assert not bool(rows.lost.any())
+        again = [
+            native.scan(native.NativeRows(x.reshape(-1, 80), h), Request(5, 6000), screened=True) for h in (head, wide)
+        ]
+        assert again[0].rough is not None
+        assert again[1].rough is not None
+        assert int(again[0].rough.again.sum()) < int(again[1].rough.again.sum())
+
+
+@screens
+def test_outliers_in_a_row() -> None:
+    """One large coordinate dominates what rounding takes away."""
+    head, x = random_head(4000, 64), random_rows(1, 40, 64)
+    x[..., 7] = 300.0
+    found, exact = both("native", x, head, targets=torch.tensor([8]), precision="screened")
+    assert_within_bound(found, exact)
+
+
+@screens
+def test_auto_takes_what_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x = random_head(400, 16), random_rows(1, 64, 16)
+    monkeypatch.setattr(native, "BLOCK_ROWS", 16)
+    seen: list[bool] = []
+    original = native.scan
+
+    def watched(*args: Any, screened: bool = False, **options: Any) -> Any:
+        seen.append(screened)
+        return original(*args, screened=screened, **options)
+
+    monkeypatch.setattr(native, "scan", watched)
+    for _ in range(2):  # each precision is tried once
+        statistics(x, head, precision="auto", backend="native")
+    assert seen[0] is False
+    assert True in seen
+    pace = native._pace(head, Request(5, 400), None)
+    assert set(pace.seconds) == {True, False}
+    for faster in (True, False):
+        pace.seconds = {faster: 0.0, not faster: 1.0}
+        seen.clear()
+        found = statistics(x, head, precision="auto", backend="native")
+        assert seen[0] is faster
+        assert found.bound is not None
+
+
+def test_few_rows_measure_nothing() -> None:
+    pace = native.Pace()
+    pace.note(True, native.BLOCK_ROWS - 1, 1.0)
+    assert pace.seconds == {}
+    pace.note(False, native.BLOCK_ROWS, 2.0)
+    pace.note(False, native.BLOCK_ROWS, 1.0)
+    pace.note(False, native.BLOCK_ROWS, 3.0)
+    assert pace.seconds == {False: 1.0 / native.BLOCK_ROWS}
+    assert pace.screens("auto")  # the other has not been tried yet
+    assert not pace.screens("exact")
+    assert pace.screens("screened")
+
+
+@screens
+def test_real_rows_are_screened_within_a_thousandth(default_model: Any) -> None:
+    """Every row of a real text at every layer, against float64."""
+    from logitlab.models.capture import capture
+
+    text = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text(encoding="utf-8")
+    ids = default_model.tokenizer(text)["input_ids"][:48]
+    states = capture(default_model, ids)
+    x = states.stacked(states.sites)
+    x = default_model.tail.prepare(x.reshape(-1, x.shape[-1])).reshape(len(states.sites), -1, default_model.width)
+    options = {"top_k": 10, "targets": torch.tensor([7042]), "reference": x[-1]}
+    found, exact = both("native", x, default_model.tail.source, precision="screened", **options)
+    assert_within_bound(found, exact)
+
+
+# -- changes of the head -----------------------------------------------------------------------
+
+
+def test_a_changed_head_is_measured_again() -> None:
+    head, x = random_head(300, 16), random_rows(1, 40, 16)
+    first = native.NativeRows(x[0], head)
+    before = float(first.bound.max())
+    with torch.no_grad():
+        head.weight.mul_(3.0)
+    second = native.NativeRows(x[0], head)
+    torch.testing.assert_close(second.size, 3 * first.size)
+    assert float(second.bound.max()) > 2 * before
+    torch.testing.assert_close(second.size, head.weight.double().norm(dim=1).float(), rtol=1e-5, atol=0)
+    assert bool((second.size.double() >= head.weight.double().norm(dim=1)).all())
