@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,26 +219,71 @@ def test_progress_is_reported_to_the_end(llama: ll.Model) -> None:
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
-def test_many_prompts_are_read_in_groups(llama: ll.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_prompts_are_decoded_in_groups(llama: ll.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together, so that the head is gone through once for many, but never more than some positions at a time."""
     from logitlab import reader
 
     prompts = [zoo.ids(n, seed=n) for n in (3, 9, 4, 4, 12, 2)]
     whole = ll.read(llama, prompts, target=[5])
     sizes: list[int] = []
-    original = reader.capture_encoded
+    original = reader.Asked.of
 
-    def watched(model: Any, group: Any, *args: Any) -> Any:
-        sizes.append(len(group))
-        return original(model, group, *args)
+    def watched(self: Any, x: torch.Tensor, *args: Any) -> Any:
+        sizes.append(x.shape[1])
+        return original(self, x, *args)
 
-    monkeypatch.setattr(reader, "capture_encoded", watched)
-    monkeypatch.setattr(reader, "GROUP_POSITIONS", 10)
+    monkeypatch.setattr(reader.Asked, "of", watched)
+    monkeypatch.setattr(reader, "GROUP_POSITIONS", 16)
     seen: list[tuple[int, int]] = []
     grouped = ll.read(llama, prompts, target=[5], progress=lambda done, total: seen.append((done, total)))
-    assert sizes == [1, 1, 2, 1, 1]
+    assert sizes == [3 + 9 + 4, 12 + 2]  # two prompts are the same, and read once
     assert seen[-1] == (34 * 4, 34 * 4)
     for key, values in whole.arrays.items():
         np.testing.assert_allclose(grouped.arrays[key], values, atol=1e-6, err_msg=key)
+
+
+def test_statistics_that_are_not_wanted_are_not_there(llama: ll.Model) -> None:
+    whole = ll.read(llama, zoo.ids(), target=[5])
+    for names in ((), ("kl",), "entropy", ["kl", "entropy"]):
+        reading = ll.read(llama, zoo.ids(), target=[5], statistics=names)
+        wanted = {names} if isinstance(names, str) else set(names)
+        assert set(reading.arrays) & {"entropy", "kl"} == wanted
+        for key, values in reading.arrays.items():
+            np.testing.assert_allclose(values, whole.arrays[key], atol=1e-6, err_msg=key)
+        assert set(next(reading.rows())) & {"entropy", "kl"} == wanted
+        assert (reading.cell(0, 0, 0).entropy is None) == ("entropy" not in wanted)
+    with pytest.raises(ll.InputError, match=r"has no kl: it was not asked for; name it in statistics= of read\(\)"):
+        _ = ll.read(llama, zoo.ids(), statistics=()).kl
+    with pytest.raises(ll.InputError, match="unknown statistic 'rank': there are entropy, kl"):
+        ll.read(llama, zoo.ids(), statistics=["rank"])
+
+
+def test_a_screened_reading_states_its_bound(default_model: ll.Model, tmp_path: Path) -> None:
+    prompt = "The capital of France is"
+    exact = ll.read(default_model, prompt, target=" Paris")
+    screened = ll.read(default_model, prompt, target=" Paris", precision="screened", max_error=1e-4)
+    assert "bound" not in exact.arrays
+    with pytest.raises(ll.InputError, match="has no bound: it is exact; only screened readings"):
+        _ = exact.bound
+    bound = screened.bound
+    assert bound.attrs["units"] == "nats"
+    assert 0 <= float(bound.min()) <= float(bound.max()) <= 1e-4
+    settings = screened.provenance["settings"]
+    assert settings["precision"] == "screened"
+    assert settings["max_error"] == 1e-4
+    assert settings["error_bound"] == float(bound.max())
+    for key in ("top_id", "target_rank"):
+        np.testing.assert_array_equal(screened.arrays[key], exact.arrays[key])
+    for key in ("top_logprob", "entropy", "kl", "target_logprob"):
+        gap = np.abs(screened.arrays[key] - exact.arrays[key])
+        allowed = bound.values if gap.ndim == 3 else bound.values[..., None]
+        assert (gap <= allowed + 1e-5).all(), key
+    assert "screened: within" in repr(screened)
+    assert ll.Reading.load(screened.save(tmp_path / "screened.parquet")) == screened
+    with pytest.raises(ll.InputError, match="max_error is -1; it is a number of nats above 0"):
+        ll.read(default_model, prompt, max_error=-1)
+    with pytest.raises(ll.InputError, match="unknown precision 'fast'"):
+        ll.read(default_model, prompt, precision="fast")
 
 
 def test_hidden_states_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from logitlab.models.capture import Activations, activations_of, by_tokens, keys
 from logitlab.models.encoder import concept_labels
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded, whole_number
-from logitlab.models.passes import PASS_TOKENS, parts
+from logitlab.models.passes import PASS_TOKENS, Part, joined, parts
 from logitlab.models.patches import token_patches
 from logitlab.models.sites import Site
 from logitlab.models.verify import finite_size, tolerance
@@ -34,6 +34,9 @@ from logitlab.targets import VocabularyFilter, allowed_columns, resolve_targets
 
 DECODE_ROWS = 4096
 """Rows whose head inputs are held at once."""
+
+GROUP_POSITIONS = 512
+"""Positions of short prompts that are decoded together."""
 
 STATISTICS = ("entropy", "kl")
 """Statistics that can be left out of a reading."""
@@ -176,12 +179,9 @@ def read(
         batch_tokens=batch_tokens,
         share=settings["share_prefixes"],
     )
-    for part in passes:
-        activations = activations_of(model, part, prompts, chosen)
-        _check_finite(activations, part.owners)
+    for part in _grouped(_checked(model, passes, prompts, chosen)):
         with model.exclusive():
-            _check_answers(model, activations, part.owners)
-            for rows, result in _decoded(model, activations, lens, asked):
+            for rows, result in _decoded(model, activations_of(model, part, prompts, chosen), lens, asked):
                 table.put(part, rows, result)
                 if progress is not None:
                     progress(table.done * len(chosen), table.total * len(chosen))
@@ -259,6 +259,28 @@ def _reading_of_states(
         arrays=arrays,
         provenance=provenance,
     )
+
+
+def _checked(model: Model, passes: Iterable[Part], prompts: Sequence[Encoded], sites: Sequence[Site]) -> Iterator[Part]:
+    """Parts whose states are finite and whose last ones the model goes on from as the tail does."""
+    for part in passes:
+        activations = activations_of(model, part, prompts, sites)
+        _check_finite(activations, part.owners)
+        with model.exclusive():
+            _check_answers(model, activations, part.owners)
+        yield part
+
+
+def _grouped(passes: Iterable[Part]) -> Iterator[Part]:
+    """Parts of short prompts together, so that the head is gone through once for many of them."""
+    waiting: list[Part] = []
+    for part in passes:
+        if waiting and sum(p.size for p in waiting) + part.size > GROUP_POSITIONS:
+            yield joined(waiting)
+            waiting = []
+        waiting.append(part)
+    if waiting:
+        yield joined(waiting)
 
 
 def _check_finite(activations: Activations, owners: Sequence[Sequence[int]]) -> None:

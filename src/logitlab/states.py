@@ -202,6 +202,8 @@ def _statistics(model: Model, z: torch.Tensor, reference: torch.Tensor, asked: A
     )
     if not asked.entropy:
         found.entropy = None
+    if asked.precision != "exact":  # there is nothing to screen
+        found.bound = torch.zeros_like(found.logsumexp)
     return found
 
 

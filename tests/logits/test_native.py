@@ -67,7 +67,7 @@ def test_any_tile_and_any_split_gives_the_same(
     tile: int, slices: int, groups: int, positions: int, width: int, seed: int, filtered: bool
 ) -> None:
     head = random_head(601, width, seed)
-    x = random_rows(groups, positions, width, seed=seed + 1, size=16 / width**0.5)
+    x = random_rows(groups, positions, width, seed=seed + 1, size=8 / width**0.5)
     targets = torch.tensor([0, 300, 600])
     allowed = torch.arange(601) % 3 != 1 if filtered else None
     exact = statistics(x, head, top_k=4, targets=targets, reference=x[0], allowed=allowed, backend="reference")
@@ -417,7 +417,7 @@ def test_real_rows_are_screened_within_a_thousandth(default_model: Any) -> None:
     from logitlab.models.capture import capture
 
     text = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text(encoding="utf-8")
-    ids = default_model.tokenizer(text)["input_ids"][:48]
+    ids = default_model.tokenizer(text)["input_ids"][:24]
     states = capture(default_model, ids)
     x = states.stacked(states.sites)
     x = default_model.tail.prepare(x.reshape(-1, x.shape[-1])).reshape(len(states.sites), -1, default_model.width)

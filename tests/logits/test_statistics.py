@@ -339,7 +339,8 @@ def test_autocast_does_not_touch_the_numbers() -> None:
         ({"allowed": torch.ones(3, dtype=torch.bool)}, "the vocabulary has 10 entries"),
     ],
 )
-def test_bad_requests(options: dict[str, object], message: str) -> None:
+def test_bad_requests(options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match=re.escape(message)):
         statistics(torch.zeros(1, 1, 4), random_head(10, 4), **options)  # type: ignore[arg-type]
 

@@ -18,7 +18,8 @@ def choose(backend: str, source: Head | LogitSource) -> str:
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
     if backend == "auto":
-        return next(name for name in ("native", "triton", "tiled") if why_not(name, source) is None)
+        fast = "native" if not isinstance(source, Head) or source.weight.device.type == "cpu" else "triton"
+        return fast if why_not(fast, source) is None else "tiled"
     why = why_not(backend, source)
     if why is not None:
         raise InputError(f"the backend {backend!r} cannot decode this: {why}; use backend='auto'")

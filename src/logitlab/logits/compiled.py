@@ -159,11 +159,15 @@ def _built(compiler: str) -> Path:
         out = Path(made) / "scan.so"
         command = [compiler, *flags, "-o", str(out), str(SOURCE), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603
+        out.chmod(0o700)
         out.replace(path)
     return path
 
 
 def _load(path: Path) -> Library:
+    stat = path.stat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
+        raise RuntimeError(f"{path} can be written by others, or is theirs; remove it")
     loaded = ctypes.CDLL(str(path))
     facts = (_INT * 5)()
     loaded.logitlab_facts(facts)

@@ -222,7 +222,7 @@ class NativeRows(HeadRows):
         memory, (n, d) = _Memory(self.lib, self.head, self.x), self.x.shape
         tile = tile_of(d, self.lib.columns)
         panels, tiles = math.ceil(n / self.lib.panel), math.ceil(self.head.vocab_size / tile)
-        slices = min(tiles, slices_of(panels, torch.get_num_threads(), 16))
+        slices = min(tiles, max(1, 16 // panels))
         mean = torch.empty(slices, n, d, dtype=torch.float64)
         mass = torch.empty(slices, n, dtype=torch.float64)
         job = memory.job
@@ -468,8 +468,8 @@ def slices_of(blocks: int, threads: int, most: int) -> int:
 
     Each part finds candidates of its own, so few parts are better where blocks alone occupy all threads.
     """
-    wanted = [s for s in range(1, min(16, most) + 1) if blocks * s >= 4 * threads]
-    even = [s for s in wanted if blocks * s % threads == 0 or blocks * s >= 16 * threads]
+    wanted = [s for s in range(1, min(16, most) + 1) if blocks * s >= 2 * threads]
+    even = [s for s in wanted if blocks * s % threads == 0 or blocks * s >= 8 * threads]
     return (even or wanted or [max(1, min(16, most))])[0]
 
 

@@ -579,46 +579,54 @@ static void screen(const struct job *j, struct scratch *s, struct panel *p, int6
 #endif
 }
 
+#define SEGMENT 64 /* columns that are summed in float32 before float64 takes over */
+
+INLINE vd widened(vf a) { return __builtin_convertvector(a, vd); }
+
 /* Add a tile's columns to the sums. The flags are constants where this is called. */
-INLINE void sum_tile(const struct job *j, struct scratch *s, struct panel *p, const float *z, const struct tile *t,
-                     int kl, int rough) {
-  (void)j;
+INLINE void sum_tile(struct scratch *s, struct panel *p, const float *z, const struct tile *t, int kl, int rough) {
   for (int i = 0; i < NV; i++) {
-    vf top = load(p->max + i * LANES), sum[2] = {{0}}, moment[2] = {{0}}, cross[2] = {{0}};
-    vf tail = {0}, tail_moment = {0}, tail_cross = {0};
-    for (int64_t v = 0; v < t->count; v++) {
-      vf y = load(z + v * PANEL + i * LANES);
-      vf low = vmax(y - top, splat(-87.5f)); /* exp is 0 there, and 0 times -inf would not be */
-      vf e = vexp(low);
-      sum[v & 1] += e;
-      moment[v & 1] += e * low;
-      vf weight = {0};
-      if (kl) {
-        weight = reference_lanes(p, s->ref_w + v * s->wide, i);
-        cross[v & 1] += weight * (reference_lanes(p, s->ref_z + v * s->wide, i) - vmax(y, splat(-1e38f)));
-      }
-      if (rough) {
+    vf top = load(p->max + i * LANES);
+    vd all_sum = {0}, all_moment = {0}, all_cross = {0}, all_tail = {0}, all_tail_moment = {0}, all_tail_cross = {0};
+    for (int64_t start = 0; start < t->count; start += SEGMENT) {
+      int64_t end = start + SEGMENT < t->count ? start + SEGMENT : t->count;
+      vf sum[2] = {{0}}, moment[2] = {{0}}, cross[2] = {{0}}, tail = {0}, tail_moment = {0}, tail_cross = {0};
+      for (int64_t v = start; v < end; v++) {
+        vf y = load(z + v * PANEL + i * LANES);
+        vf low = vmax(y - top, splat(-87.5f)); /* exp is 0 there, and 0 times -inf would not be */
+        vf e = vexp(low);
+        sum[v & 1] += e;
+        moment[v & 1] += e * low;
+        vf weight = {0};
+        if (kl) {
+          weight = reference_lanes(p, s->ref_w + v * s->wide, i);
+          cross[v & 1] += weight * (reference_lanes(p, s->ref_z + v * s->wide, i) - vmax(y, splat(-1e38f)));
+        }
+        if (rough) {
 #if HAS_BFLOAT16
-        __mmask16 left = (__mmask16)~(s->done[v] >> (i * LANES));
-        vf off = (vf)_mm512_maskz_mov_ps(left, (__m512)splat(s->norm[v]));
-        vf part = e * off;
-        tail += part;
-        tail_moment -= part * low;
-        if (kl) tail_cross += weight * off;
+          __mmask16 left = (__mmask16)~(s->done[v] >> (i * LANES));
+          vf off = (vf)_mm512_maskz_mov_ps(left, (__m512)splat(s->norm[v]));
+          vf part = e * off;
+          tail += part;
+          tail_moment -= part * low;
+          if (kl) tail_cross += weight * off;
 #endif
+        }
       }
+      all_sum += widened(sum[0] + sum[1]);
+      all_moment += widened(moment[0] + moment[1]);
+      if (kl) all_cross += widened(cross[0] + cross[1]);
+      if (rough) all_tail += widened(tail), all_tail_moment += widened(tail_moment);
+      if (rough && kl) all_tail_cross += widened(tail_cross);
     }
-    sum[0] += sum[1], moment[0] += moment[1], cross[0] += cross[1];
     for (int l = 0; l < LANES; l++) {
       int lane = i * LANES + l;
-      p->sum[lane] += sum[0][l];
-      p->moment[lane] += moment[0][l];
-      if (kl) p->cross[lane] += cross[0][l];
-      if (rough) {
-        p->tail[lane] += tail[l];
-        p->tail_moment[lane] += tail_moment[l];
-        if (kl) p->tail_cross[lane] += tail_cross[l];
-      }
+      p->sum[lane] += all_sum[l];
+      p->moment[lane] += all_moment[l];
+      p->cross[lane] += all_cross[l];
+      p->tail[lane] += all_tail[l];
+      p->tail_moment[lane] += all_tail_moment[l];
+      p->tail_cross[lane] += all_tail_cross[l];
     }
   }
 }
@@ -647,13 +655,13 @@ static void accumulate(const struct job *j, struct scratch *s, struct panel *p, 
   if (j->targets) rank_tile(j, s, p, number, z, t);
   int kl = s->ref_w != NULL;
   if (kl && rough)
-    sum_tile(j, s, p, z, t, 1, 1);
+    sum_tile(s, p, z, t, 1, 1);
   else if (kl)
-    sum_tile(j, s, p, z, t, 1, 0);
+    sum_tile(s, p, z, t, 1, 0);
   else if (rough)
-    sum_tile(j, s, p, z, t, 0, 1);
+    sum_tile(s, p, z, t, 0, 1);
   else
-    sum_tile(j, s, p, z, t, 0, 0);
+    sum_tile(s, p, z, t, 0, 0);
 }
 
 /* Rows as a panel: column k of PANEL rows lies together. Rows that are not there are zero. */

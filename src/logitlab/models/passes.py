@@ -53,6 +53,20 @@ class Part:
     kept: dict[Key, torch.Tensor]
     answers: torch.Tensor | None
 
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return sum(map(len, self.positions))
+
+
+def joined(some: Sequence[Part]) -> Part:
+    """Several parts as one, their rows one after the other; the answers are not kept."""
+    kept = (
+        {key: torch.cat([part.kept[key] for part in some]) for key in some[0].kept} if len(some) > 1 else some[0].kept
+    )
+    owners = tuple(o for part in some for o in part.owners)
+    return Part(owners, tuple(p for part in some for p in part.positions), kept, None)
+
 
 def parts(
     model: Model,
