@@ -324,6 +324,30 @@ def test_autocast_does_not_touch_the_numbers() -> None:
     assert torch.equal(plain.logsumexp, inside.logsumexp)
 
 
+@pytest.mark.parametrize("way", ["for all", "for this backend"])
+def test_products_are_full_whatever_the_user_has_set(backend: str, way: str) -> None:
+    """Users may let float32 products be computed in TF32 or bfloat16; a reading's are not."""
+    head, x = random_head(4096, 576), random_rows(1, 256, 576)
+    plain = statistics(x, head, reference=x[0], backend=backend)
+    rough = torch.nn.functional.linear(x, head.weight)
+    setting: Any = torch.backends.mkldnn.matmul
+    try:
+        if way == "for all":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            setting.fp32_precision = "bf16"
+        if torch.equal(rough, torch.nn.functional.linear(x, head.weight)):
+            pytest.skip("this processor computes them in float32 all the same")
+        inside = statistics(x, head, reference=x[0], backend=backend)
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    for name in ("top_ids", *NAMES):
+        if getattr(plain, name) is not None:
+            assert torch.equal(getattr(plain, name), getattr(inside, name)), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,8 +13,10 @@ Definitions, for logits ``z`` of one row, ``lse = log sum_v exp z_v`` and ``p = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -231,11 +233,27 @@ def statistics(
         targets = _checked_targets(targets, x.shape[1], size)
     name = choose(backend, source)
     request = Request(min(top_k, columns), columns, targets, allowed, entropy, precision, max_error)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
         found = run_of(name)(x, source, request, reference)
     if precision != "exact" and found.bound is None:  # a backend that has nothing to screen does all rows in full
         found.bound = torch.zeros_like(found.logsumexp)
     return found
+
+
+@contextmanager
+def _full_products() -> Generator[None]:
+    """Have float32 products computed in float32, also where the user lets PyTorch use TF32 or bfloat16 for them."""
+    places: list[Any] = [torch.backends.mkldnn, torch.backends.cuda]
+    settings = [p.matmul for p in places if hasattr(getattr(p, "matmul", None), "fp32_precision")]
+    before = [setting.fp32_precision for setting in settings]
+    loose = [(s, value) for s, value in zip(settings, before, strict=True) if value not in ("none", "ieee")]
+    try:
+        for setting, _ in loose:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in loose:
+            setting.fp32_precision = value
 
 
 def _checked_targets(targets: torch.Tensor, positions: int, size: int) -> torch.Tensor:
