@@ -258,7 +258,12 @@ def test_statistics_that_are_not_wanted_are_not_there(llama: ll.Model) -> None:
         ll.read(llama, zoo.ids(), statistics=["rank"])
 
 
-def test_a_screened_reading_states_its_bound(default_model: ll.Model, tmp_path: Path) -> None:
+def test_a_screened_reading_states_its_bound(
+    default_model: ll.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from logitlab.logits import native
+
+    monkeypatch.setattr(native, "SCREENED_ROWS", 1)
     prompt = "The capital of France is"
     exact = ll.read(default_model, prompt, target=" Paris")
     screened = ll.read(default_model, prompt, target=" Paris", precision="screened", max_error=1e-4)

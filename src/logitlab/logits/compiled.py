@@ -57,7 +57,7 @@ FIELDS: tuple[tuple[str, type], ...] = (
     *((name, _POINTER) for name in ("target_ids", "target_z")),
     *((name, _INT) for name in ("n_blocks", "n_ref", "ref_keep", "targets", "keep", "keep_ranked")),
     *((name, _INT) for name in ("slices", "tile", "threads")),
-    *((name, ctypes.c_float) for name in ("scale", "softcap", "theta", "theta_ref")),
+    *((name, ctypes.c_float) for name in ("scale", "softcap", "theta", "theta_ref", "patience")),
     *((name, ctypes.c_int32) for name in ("w_type", "mode")),
     *((name, _POINTER) for name in ("max", "sum", "moment", "cross", "tail", "tail_moment", "tail_cross", "mass")),
     *((name, _POINTER) for name in ("best_z", "ranked_z", "best_id", "ranked_id", "before", "most", "again")),

@@ -32,8 +32,16 @@ ROWS = 8192
 BLOCK_ROWS = 1024
 """Rows that use a tile of the head before the next one is brought: enough that bringing it costs nothing."""
 
-THETA = 16.0
-"""Columns less likely than exp(-THETA) may keep their rough logit (`benchmarks/screening.py` measures it)."""
+SCREENED_ROWS = 2048
+"""Rows from which on screening can pay: for fewer, writing the head in bfloat16 takes what its products save."""
+
+THETA, THETA_ENTROPY, THETA_REFERENCE = 16.0, 18.0, 13.5
+"""Columns less likely than exp(-THETA) may keep their rough logit, less where the entropy is wanted, which weighs
+columns by their log-probability too; columns that the reference finds less likely than exp(-THETA_REFERENCE) as well.
+Measured by `benchmarks/screening.py`."""
+
+PATIENCE = 1 / 12
+"""Part of the columns from which on computing them again one by one takes longer than doing the row in full."""
 
 NO_MEMORY = "there is not enough memory to decode: free some, or read fewer positions at once"
 
@@ -102,7 +110,8 @@ def _block(x: torch.Tensor, head: Head, request: Request, base: Base | None) -> 
     place = torch.arange(positions).repeat(groups)
     asked = request.for_rows(groups, positions)
     pace = _pace(head, request, base)
-    screened = rows.lib.bfloat16 and not rows.narrow and pace.screens(request.precision)
+    able = rows.lib.bfloat16 and not rows.narrow and len(place) >= SCREENED_ROWS
+    screened = able and pace.screens(request.precision)
     start = time.perf_counter()
     found = conclude(scan(rows, asked, base, place, screened=screened), rows, head, asked, base, place)
     if found.bound is not None:
@@ -312,8 +321,9 @@ def scan(
         "targets": m,
         "slices": slices,
         "tile": tile,
-        "theta": THETA,
-        "theta_ref": THETA - 2.5,
+        "theta": THETA_ENTROPY if request.entropy else THETA,
+        "theta_ref": THETA_REFERENCE,
+        "patience": PATIENCE * head.vocab_size / slices,
         "mode": mode,
         "max": memory.at(largest),
         "best_z": memory.at(best[0]),

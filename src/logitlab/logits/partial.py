@@ -52,7 +52,7 @@ class Rough:
         tail: [n] float64, shares ``exp(z - max)``.
         moment: [n] float64, shares ``exp(z - max) (max - z)``.
         cross: [n] float64, shares of the reference distribution; None without one.
-        most: [n] float64, the most that any logit of the row can be off.
+        most: [n] float64, the most that any logit of the row can be off; infinite where the pass has given up.
         again: [n] int64, columns computed again.
     """
 
@@ -205,6 +205,8 @@ def conclude(
     if partial.rough is not None:
         result.bound = _bound(partial, lse, entropy, request)
     unsure = _unsure(partial, rows, exact, request)
+    if result.bound is not None:  # rows that a screened pass has given up are done again as a whole
+        unsure &= torch.isfinite(result.bound)
     if bool(unsure.any()):  # more near-ties than candidates: settle those rows in full
         _settle(result, unsure, rows, source, request)
     return result
@@ -259,6 +261,7 @@ def _bound(partial: Partial, lse: torch.Tensor, entropy: torch.Tensor, request: 
     """
     rough = partial.rough
     assert rough is not None
+    gone = torch.isinf(rough.most)
     slack = (2 * rough.most).exp()
     of_lse = slack * rough.tail / partial.sum
     bound = of_lse
@@ -267,7 +270,7 @@ def _bound(partial: Partial, lse: torch.Tensor, entropy: torch.Tensor, request: 
         bound = torch.maximum(bound, slack * gap / partial.sum)
     if rough.cross is not None:
         bound = torch.maximum(bound, of_lse + rough.cross * (1 + 1e-6))
-    return bound
+    return bound.masked_fill(gone, torch.inf)
 
 
 def _unsure(partial: Partial, rows: Rows, exact: torch.Tensor, request: Request) -> torch.Tensor:

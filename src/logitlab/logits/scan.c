@@ -104,6 +104,7 @@ struct job {
   float scale, softcap;       /* softcap 0: none */
   float theta;                /* SCREENED: columns less likely than exp(-theta) may stay rough */
   float theta_ref;            /* the same of the reference's probabilities */
+  float patience;             /* SCREENED: a row of which more columns had to be computed again is given up */
   int32_t w_type, mode;
   /* Results: [slices, n, ...]; what is merged is in slice 0. */
   float *max;
@@ -113,7 +114,7 @@ struct job {
   float *best_z, *ranked_z;     /* [slices, n, keep], [slices, n, keep_ranked] */
   int32_t *best_id, *ranked_id;
   int64_t *before;              /* [slices, n, targets] */
-  double *most;                 /* [slices, n] the most that any rough logit can be off */
+  double *most;                 /* [slices, n] the most that any rough logit can be off; infinite for rows given up */
   int64_t *again;               /* [slices, n] columns computed again */
 };
 
@@ -540,12 +541,15 @@ INLINE float log_below(double sum) {
 /* SCREENED: compute again, in float32, what can still matter. */
 static void screen(const struct job *j, struct scratch *s, struct panel *p, int64_t number, float *z, const struct tile *t) {
 #if HAS_BFLOAT16
+  uint32_t alive = 0;
   for (int lane = 0; lane < PANEL; lane++) {
     float likely = p->max[lane] + log_below(p->sum[lane]);
     float worst = j->keep_ranked ? fminf(p->worst[lane], p->worst_ranked[lane]) : p->worst[lane];
     likely = fmaxf(likely, p->known[lane]) - j->theta;
     worst = fmaxf(worst, p->known_worst[lane]);
-    p->rough[lane] = p->row[lane] < 0 ? INFINITY : fminf(likely, worst);
+    int going = p->row[lane] >= 0 && (float)p->again[lane] <= j->patience;
+    p->rough[lane] = going ? fminf(likely, worst) : INFINITY;
+    alive |= (uint32_t)going << lane;
   }
   float least = expf(-j->theta_ref);
   for (int64_t v = 0; v < t->count; v++) {
@@ -561,12 +565,12 @@ static void screen(const struct job *j, struct scratch *s, struct panel *p, int6
       }
       again |= bits << (i * LANES);
     }
+    again &= alive;
     s->done[v] = again;
     while (again) {
       int lane = __builtin_ctz(again);
       again &= again - 1;
       int32_t row = p->row[lane];
-      if (row < 0) continue;
       float y = dot32(j->x + row * j->d, t->w + v * t->ldw, j->d);
       if (j->bias) y += j->bias[t->start + v];
       y = j->softcap != 0 ? tanhf(y * (j->scale / j->softcap)) * j->softcap : y * j->scale;
@@ -844,7 +848,7 @@ static void finish(const struct job *j, struct scratch *s, int64_t b, int64_t sl
       j->tail[to] = p->tail[lane] * size;
       j->tail_moment[to] = p->tail_moment[lane] * size;
       if (j->cross) j->tail_cross[to] = p->tail_cross[lane] * size;
-      j->most[to] = (double)p->size[lane] * s->most;
+      j->most[to] = (float)p->again[lane] <= j->patience ? size * s->most : INFINITY; /* given up: no bound holds */
       j->again[to] = p->again[lane];
     }
     memcpy(j->best_z + to * j->keep, s->best_z + at * j->keep, (size_t)j->keep * 4);

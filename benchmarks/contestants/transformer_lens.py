@@ -1,0 +1,42 @@
+"""TransformerLens: `logit_lens` over a cache of the residual stream.
+
+It takes one selector a call, so top tokens and a target's rank are two calls; entropy comes with either. There is no
+KL divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.tools.analysis import logit_lens
+
+TARGET = 7042
+CHUNK = 512  # rows a product; the default of 64 is slower on this machine
+
+
+class Contestant:
+    """TransformerLens."""
+
+    def __init__(self, folder: str) -> None:
+        self.model: Any = TransformerBridge.boot_transformers(folder, device="cpu")
+        self.threads = torch.get_num_threads()
+
+    def case(self, what: str, ids: list[int]) -> Callable[[], object] | None:
+        """The work of a case."""
+        tokens = torch.tensor([ids])
+
+        def top() -> object:
+            return logit_lens(self.model, tokens, positions=None, top_k=5, return_type="log_probs", chunk_size=CHUNK)
+
+        def everything() -> object:
+            options = {"positions": None, "return_type": "log_probs", "chunk_size": CHUNK}
+            _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: "resid" in name)
+            return (
+                logit_lens(cache, top_k=5, **options),
+                logit_lens(cache, targets=TARGET, **options),
+            )
+
+        return {"top": top, "all": everything}.get(what)

@@ -1,0 +1,70 @@
+"""A contestant's process: it loads a model once, then runs and measures the cases that it is told to.
+
+Lines of JSON come in on standard input and go out on standard output. It runs in the contestant's own
+environment, so nothing of logitlab is imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MOST_MEMORY = 14 * 2**30
+"""Address space beyond what is used after loading: a contestant that wants more does not fit this machine."""
+
+
+def peak_of(case: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that a case takes, and MB that it holds at most beyond what was held before."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+    start = time.perf_counter()
+    case()
+    seconds = time.perf_counter() - start
+    return seconds, (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def main() -> None:
+    """Load, then answer until the input ends."""
+    name, folder = sys.argv[1:3]
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the protocol has standard output to itself
+    contestant: Any = importlib.import_module(f"contestants.{name}").Contestant(folder)
+    soft = _status("VmSize") * 1024 + MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+    print(json.dumps({"ready": name, "threads": contestant.threads}), file=out, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        case = contestant.case(order["what"], order["ids"])
+        if case is None:
+            answer: dict[str, Any] = {"offered": False}
+        else:
+            try:
+                seconds, memory = peak_of(case)
+                answer = {"offered": True, "seconds": seconds, "memory": memory}
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "memory" not in str(error):
+                    raise
+                answer = {"offered": True, "does_not_fit": True}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

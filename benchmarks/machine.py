@@ -1,0 +1,56 @@
+"""What a measurement was made on, and how numbers are summed up."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def described() -> Result:
+    """Processor, memory, versions and date."""
+    import torch
+
+    from logitlab.logits.compiled import library
+
+    kernel = library()
+    name = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    memory = next((line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "MemTotal: 0 kB")
+    flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
+    return {
+        "processor": name.partition(":")[2].strip() or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": f"{int(memory.split()[1]) / 2**20:.0f} GiB",
+        "vectors": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f} " in f"{flags} "],
+        "kernel": None if kernel is None else {"panel": kernel.panel, "bfloat16": kernel.bfloat16},
+        "versions": {p: version(p) for p in ("logitlab", "torch", "transformers", "numpy")},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def real_text() -> str:
+    """Real English prose that every Python carries: the language reference behind ``help()``."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def spread(values: Sequence[float], unit: float = 1.0, digits: int = 2) -> str:
+    """Median with the least and the most."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle / unit:.{digits}f} ({low / unit:.{digits}f} to {high / unit:.{digits}f})"
