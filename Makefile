@@ -51,11 +51,8 @@ format: $(VENV)/.dev ## mend style
 docs: $(VENV)/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.dev ## measure speed, memory and start-up as ratios
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/batching.py
+bench: $(VENV)/.dev ## measure speed and memory, beside peers too, and write docs/benchmarks.md (about an hour)
+	$(BIN)/python benchmarks/run.py
 
 coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has, and write docs/coverage.md
 	$(BIN)/logitlab verify --all
@@ -66,4 +63,4 @@ coverage-slice: $(VENV)/.dev ## verify a few types of each task; fails if one go
 check: lint test docs ## everything that CI runs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) demo site build dist
+	rm -rf $(VENV) .bench demo site build dist

@@ -131,7 +131,7 @@ def markdown(found: Result) -> str:
     """Tables: one for each length."""
     lines: list[str] = []
     for length, part in found["lengths"].items():
-        times, memory = part["seconds"], part["memory"]
+        times = part["seconds"]
         floor = statistics.median(times["by_hand: forward"]) + statistics.median(times["by_hand: product"])
         lines += [
             f"### {int(length):,} tokens",
@@ -140,8 +140,8 @@ def markdown(found: Result) -> str:
             f"the float32 product {statistics.median(times['by_hand: product']):.3f} s. (The product in bfloat16, "
             f"whose results are rounded to 8 bits: {statistics.median(times['by_hand: product bfloat16']):.3f} s.)",
             "",
-            "| | top 5: time, in floors | over the forward pass | all statistics: time, in floors | over the forward pass "
-            "| |",
+            "| | top 5: time, in floors | memory over the forward pass | all statistics: time, in floors | "
+            "memory over the forward pass | |",
             "|---|---|---|---|---|---|",
         ]
         rows = [*OURS.items(), ("by_hand", "the loop that everybody writes")]
@@ -151,7 +151,6 @@ def markdown(found: Result) -> str:
             note = PEERS[name][2] if name in PEERS else ""
             lines.append(f"| {title} | {' | '.join(cells)} | {note} |")
         lines.append("")
-    del memory
     return "\n".join(lines)
 
 

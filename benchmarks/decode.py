@@ -1,7 +1,7 @@
-"""Time of the statistics against the bare product [rows, d] x [d, V] that they need.
+"""Decoding alone against the bare product [rows, d] x [d, V] that it needs, for a short prompt and a longer one.
 
-Real rows: all residual sites of a real text on the default model. The cases run in turn.
-Run: python benchmarks/decode.py [--tokens 128 --repeats 3]
+Real rows: all residual sites of a real text on the default model, ready for the head. The cases run in turn.
+Run: python benchmarks/decode.py [--tokens 6 256 --repeats 5]
 """
 
 from __future__ import annotations
@@ -16,58 +16,86 @@ import torch
 import logitlab as ll
 from logitlab.logits import Head, statistics
 from logitlab.models.capture import capture
+from machine import Result, real_text, spread
 
-TEXT = (
-    "The history of the city begins with a small settlement on the banks of the river. In 1849 engineers built the "
-    'first bridge, and the population grew from 3,000 to 12,500 within a decade. "We never expected this", said a '
-    "historian; the archives tell another story: trade, floods, and fire. "
-)
+WIDTHS = (1024, 2048, 4096)
 
 
-def main() -> None:
-    """Measure every case in turn and print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+def measure(lengths: list[int], repeats: int) -> Result:
+    """Seconds of every case."""
     model = ll.load("default")
     head = model.tail.source
     assert isinstance(head, Head)
-    ids = model.tokenizer(TEXT * 40)["input_ids"][: options.tokens]
-    states = capture(model, ids)
-    hidden = states.stacked(states.sites)
-    x = model.tail.head_input(hidden.reshape(-1, model.width)).reshape(len(states.sites), -1, model.width)
-    flat, target = x.reshape(-1, model.width), torch.tensor([7042])
-
-    def product() -> None:
-        for start in range(0, head.vocab_size, 4096):
-            flat @ head.weight[start : start + 4096].T
-
-    def usual() -> None:
-        for rows in flat.split(64):
-            logp = torch.log_softmax(rows @ head.weight.T, -1)
-            logp.topk(5)
-            -(logp.exp() * logp).sum(-1)
-            (logp > logp[:, 7042:7043]).sum(-1)
-
-    cases: dict[str, Callable[[], object]] = {
-        "bare product, float32": product,
-        "log_softmax, top-k, entropy, rank by rows of 64": usual,
-        "logitlab: top 5, entropy": lambda: statistics(x, head),
-        "logitlab: and KL to the final distribution": lambda: statistics(x, head, reference=x[-1]),
-        "logitlab: and a target's rank": lambda: statistics(x, head, reference=x[-1], targets=target),
-    }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(options.repeats):
-        for name, case in cases.items():
-            start = time.perf_counter()
+    tokens = model.tokenizer(real_text()[:40_000])["input_ids"]
+    found: Result = {}
+    for length in lengths:
+        states = capture(model, tokens[1000 : 1000 + length])
+        hidden = states.stacked(states.sites)
+        x = model.tail.head_input(hidden.reshape(-1, model.width)).reshape(len(states.sites), -1, model.width)
+        times: dict[str, list[float]] = {}
+        cases = _cases(x, head)
+        for case in cases.values():
             case()
-            times[name].append(time.perf_counter() - start)
-    floor = stats.median(times["bare product, float32"])
-    print(f"{len(states.sites)} sites x {len(ids)} tokens, d = {model.width}, V = {head.vocab_size}")
-    for name, values in times.items():
-        spread = f"{min(values) / floor:.2f} to {max(values) / floor:.2f}"
-        print(f"{name:50} {stats.median(values):6.2f} s   {stats.median(values) / floor:5.2f} x the product ({spread})")
+        for _ in range(repeats if length > 100 else 4 * repeats):
+            for name, case in cases.items():
+                start = time.perf_counter()
+                case()
+                times.setdefault(name, []).append(time.perf_counter() - start)
+        found[str(length)] = {"rows": x.shape[0] * x.shape[1], "seconds": times}
+    return found
+
+
+def _cases(x: torch.Tensor, head: Head) -> dict[str, Callable[[], object]]:
+    flat, target = x.reshape(-1, x.shape[-1]), torch.tensor([7042])
+
+    def product(width: int) -> None:
+        for part in head.weight.detach().split(width):
+            flat @ part.T
+
+    def seconds(width: int) -> float:
+        start = time.perf_counter()
+        product(width)
+        return time.perf_counter() - start
+
+    best = min(WIDTHS, key=lambda width: min(seconds(width) for _ in range(3)))
+    kinds: dict[str, dict[str, object]] = {
+        "top 5": {"entropy": False},
+        "top 5, entropy": {},
+        "top 5, entropy, KL": {"reference": x[-1]},
+        "top 5, entropy, KL, a target's rank": {"reference": x[-1], "targets": target},
+    }
+    cases: dict[str, Callable[[], object]] = {"product, float32": lambda: product(best)}
+    for precision in ("exact", "screened"):
+        for name, options in kinds.items():
+            cases[f"{name} ({precision})"] = lambda o=options, p=precision: statistics(x, head, precision=p, **o)  # type: ignore[arg-type]
+    return cases
+
+
+def markdown(found: Result) -> str:
+    """One table."""
+    lengths = list(found)
+    lines = [
+        "| " + " | ".join(["in products", *(f"{n} tokens, {found[n]['rows']:,} rows" for n in lengths)]) + " |",
+        "|---" * (1 + len(lengths)) + "|",
+    ]
+    for name in found[lengths[0]]["seconds"]:
+        cells: list[str] = []
+        for n in lengths:
+            times = found[n]["seconds"]
+            floor = stats.median(times["product, float32"])
+            own = f"{floor:.4f} s" if name == "product, float32" else spread(times[name], floor)
+            cells.append(own)
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[6, 256])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    print(markdown(measure(options.tokens, options.repeats)))
 
 
 if __name__ == "__main__":

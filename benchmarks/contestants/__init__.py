@@ -1,0 +1,1 @@
+"""What `compare.py` runs, each in a process and an environment of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -428,6 +429,12 @@ def _completions(
     return found
 
 
+@cache
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in ("logitlab", "torch", "transformers", "numpy")}
+    return found | {"python": platform.python_version()}
+
+
 def _provenance(model: Model, sites: Sequence[Site], lens: Lens, settings: dict[str, Any]) -> dict[str, Any]:
     components = any(site.kind not in ("resid_pre", "resid_post") for site in sites)
     return {
@@ -441,9 +448,6 @@ def _provenance(model: Model, sites: Sequence[Site], lens: Lens, settings: dict[
         "space": {"name": model.space.name, "per": model.space.per, "activation": model.space.activation},
         "lens": lens.describe(),
         "settings": settings,
-        "versions": {
-            **{name: version(name) for name in ("logitlab", "torch", "transformers", "numpy")},
-            "python": platform.python_version(),
-        },
+        "versions": dict(_versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

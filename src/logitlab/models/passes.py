@@ -8,7 +8,9 @@ cache as it would have gone on without a break; that is proved on the tokens at 
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -222,11 +224,19 @@ def _continued(
             changed.extend(run.owners)
             return
         cache = found.cache
+        _trim()
         if wanted:
             yield Part((run.owners,), (tuple(wanted),), found.kept, found.answers)
     for i, after in enumerate(run.after):
         own = cache if i == len(run.after) - 1 else deepcopy(cache)
         yield from _continued(model, prompts, keys, positions, after, own, stop, changed)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: a growing cache leaves holes of every size."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _buffers(model: Model) -> list[tuple[int, int]]:

@@ -1,0 +1,105 @@
+"""The Triton kernel on a GPU: right, and how much of the rate of a bare bfloat16 product it keeps.
+
+For each shape: statistics against the float64 reference on a few rows, then the time of the kernel beside
+cuBLAS' product of the same rows and head in bfloat16, which writes all logits.
+Run: python benchmarks/gpu.py, on a machine with a CUDA GPU, PyTorch for it, and triton.
+"""
+
+from __future__ import annotations
+
+import statistics as stats
+import time
+from collections.abc import Callable
+
+import torch
+
+from logitlab.logits import Head, gpu, statistics
+from logitlab.logits.statistics import Request
+from machine import Result
+
+SHAPES = ((49_152, 576, 8192), (128_256, 4096, 4096), (256_000, 2304, 4096))
+"""Vocabulary, width, rows."""
+
+BLOCKS = ((64, 128, 64), (128, 128, 64), (64, 256, 64), (128, 64, 64), (64, 64, 64))
+
+
+def _seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    work()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return stats.median(times)
+
+
+def measure() -> Result:
+    """Differences from float64, and seconds, by shape."""
+    found: Result = {"gpu": torch.cuda.get_device_name(), "shapes": {}}
+    for size, width, rows in SHAPES:
+        generator = torch.Generator("cuda").manual_seed(size)
+        weight = torch.randn(size, width, generator=generator, device="cuda") / width**0.5
+        head = Head(weight.bfloat16())
+        x = (torch.randn(4, rows // 4, width, generator=generator, device="cuda") * 4).bfloat16()
+        target = torch.tensor([7042])
+        few = x[:, :8]
+        options = {"targets": target, "reference": few[-1]}
+        fast = statistics(few, head, backend="triton", **options)
+        exact = statistics(few, head, backend="reference", **options)
+        gaps = {}
+        for name in ("top_logprob", "logsumexp", "entropy", "target_logprob", "kl"):
+            gaps[name] = float((getattr(fast, name) - getattr(exact, name)).abs().max())
+        same = bool(torch.equal(fast.top_ids, exact.top_ids) and torch.equal(fast.target_rank, exact.target_rank))
+        flat = x.reshape(-1, width)
+        product = _seconds(lambda: flat @ head.weight.T)
+        request = Request(5, size)
+        blocks = {}
+        for block in BLOCKS:
+            given = gpu._Rows(flat, head)
+            try:
+                blocks[str(block)] = _seconds(lambda b=block, g=given: gpu.scan(g, request, block=b))
+            except Exception as error:  # a tile that does not fit this GPU
+                blocks[str(block)] = str(error).splitlines()[0][:80]
+        whole = _seconds(lambda: statistics(x, head, backend="triton", targets=target, reference=x[-1]))
+        tiled = _seconds(lambda: statistics(x, head, backend="tiled", targets=target, reference=x[-1]), repeats=3)
+        found["shapes"][f"{rows} x {width} x {size}"] = {
+            "gaps": gaps,
+            "ids and ranks equal": same,
+            "product": product,
+            "blocks": blocks,
+            "all statistics": whole,
+            "tiled": tiled,
+        }
+    return found
+
+
+def markdown(found: Result) -> str:
+    """One table."""
+    lines = [
+        found["gpu"],
+        "",
+        "| rows × width × vocabulary | product, bfloat16 | kernel, top 5 and entropy | share of the product's rate | all "
+        "statistics | PyTorch alone | largest difference | ids, ranks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape, r in found["shapes"].items():
+        best = min(v for v in r["blocks"].values() if isinstance(v, float))
+        lines.append(
+            f"| {shape} | {1e3 * r['product']:.2f} ms | {1e3 * best:.2f} ms | {r['product'] / best:.0%} | "
+            f"{1e3 * r['all statistics']:.2f} ms | {1e3 * r['tiled']:.1f} ms | {max(r['gaps'].values()):.1e} | "
+            f"{'equal' if r['ids and ranks equal'] else 'DIFFER'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA GPU here: the kernel's tests run in Triton's interpreter (make test)")
+    print(markdown(measure()))
+
+
+if __name__ == "__main__":
+    main()
