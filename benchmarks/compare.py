@@ -147,14 +147,15 @@ def markdown(found: Result) -> str:
         rows = [*OURS.items(), ("by_hand", "the loop that everybody writes")]
         rows += [(name, title) for name, (title, _, _) in PEERS.items()]
         for name, title in rows:
-            cells = [cell for what in ("top", "all") for cell in _cells(part, f"{name}: {what}", floor)]
+            cells = [cell for what in ("top", "all") for cell in cells_of(part, f"{name}: {what}", floor)]
             note = PEERS[name][2] if name in PEERS else ""
             lines.append(f"| {title} | {' | '.join(cells)} | {note} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _cells(part: Result, key: str, floor: float) -> list[str]:
+def cells_of(part: Result, key: str, floor: float) -> list[str]:
+    """Time in floors, and memory over the forward pass, of one contestant and case."""
     if key in part["does_not_fit"]:
         return ["does not fit", "over 14 GiB"]
     if key not in part["seconds"]:

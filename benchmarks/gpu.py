@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics as stats
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -37,42 +38,41 @@ def _seconds(work: Callable[[], object], repeats: int = 20) -> float:
 
 def measure() -> Result:
     """Differences from float64, and seconds, by shape."""
-    found: Result = {"gpu": torch.cuda.get_device_name(), "shapes": {}}
-    for size, width, rows in SHAPES:
-        generator = torch.Generator("cuda").manual_seed(size)
-        weight = torch.randn(size, width, generator=generator, device="cuda") / width**0.5
-        head = Head(weight.bfloat16())
-        x = (torch.randn(4, rows // 4, width, generator=generator, device="cuda") * 4).bfloat16()
-        target = torch.tensor([7042])
-        few = x[:, :8]
-        options = {"targets": target, "reference": few[-1]}
-        fast = statistics(few, head, backend="triton", **options)
-        exact = statistics(few, head, backend="reference", **options)
-        gaps = {}
-        for name in ("top_logprob", "logsumexp", "entropy", "target_logprob", "kl"):
-            gaps[name] = float((getattr(fast, name) - getattr(exact, name)).abs().max())
-        same = bool(torch.equal(fast.top_ids, exact.top_ids) and torch.equal(fast.target_rank, exact.target_rank))
-        flat = x.reshape(-1, width)
-        product = _seconds(lambda: flat @ head.weight.T)
-        request = Request(5, size)
-        blocks = {}
-        for block in BLOCKS:
-            given = gpu._Rows(flat, head)
-            try:
-                blocks[str(block)] = _seconds(lambda b=block, g=given: gpu.scan(g, request, block=b))
-            except Exception as error:  # a tile that does not fit this GPU
-                blocks[str(block)] = str(error).splitlines()[0][:80]
-        whole = _seconds(lambda: statistics(x, head, backend="triton", targets=target, reference=x[-1]))
-        tiled = _seconds(lambda: statistics(x, head, backend="tiled", targets=target, reference=x[-1]), repeats=3)
-        found["shapes"][f"{rows} x {width} x {size}"] = {
-            "gaps": gaps,
-            "ids and ranks equal": same,
-            "product": product,
-            "blocks": blocks,
-            "all statistics": whole,
-            "tiled": tiled,
-        }
-    return found
+    return {"gpu": torch.cuda.get_device_name(), "shapes": {str(shape): _measured(*shape) for shape in SHAPES}}
+
+
+def _measured(size: int, width: int, rows: int) -> Result:
+    """One shape."""
+    generator = torch.Generator("cuda").manual_seed(size)
+    weight = torch.randn(size, width, generator=generator, device="cuda") / width**0.5
+    head = Head(weight.bfloat16())
+    x = (torch.randn(4, rows // 4, width, generator=generator, device="cuda") * 4).bfloat16()
+    flat, few, target = x.reshape(-1, width), x[:, :8], torch.tensor([7042])
+    fast = statistics(few, head, backend="triton", targets=target, reference=few[-1])
+    exact = statistics(few, head, backend="reference", targets=target, reference=few[-1])
+    names = ("top_logprob", "logsumexp", "entropy", "target_logprob", "kl")
+    assert fast.target_rank is not None
+    assert exact.target_rank is not None
+    given, request = gpu._Rows(flat, head), Request(5, size)
+    blocks: dict[str, float | str] = {}
+    for block in BLOCKS:
+        try:
+            blocks[str(block)] = _seconds(partial(gpu.scan, given, request, block=block))
+        except Exception as error:  # a tile that does not fit this GPU
+            blocks[str(block)] = str(error).splitlines()[0][:80]
+
+    def whole(backend: str) -> object:
+        return statistics(x, head, backend=backend, targets=target, reference=x[-1])
+
+    return {
+        "gaps": {name: float((getattr(fast, name) - getattr(exact, name)).abs().max()) for name in names},
+        "ids and ranks equal": torch.equal(fast.top_ids, exact.top_ids)
+        and torch.equal(fast.target_rank, exact.target_rank),
+        "product": _seconds(lambda: flat @ head.weight.T),
+        "blocks": blocks,
+        "all statistics": _seconds(partial(whole, "triton")),
+        "tiled": _seconds(partial(whole, "tiled"), repeats=3),
+    }
 
 
 def markdown(found: Result) -> str:
@@ -80,8 +80,8 @@ def markdown(found: Result) -> str:
     lines = [
         found["gpu"],
         "",
-        "| rows × width × vocabulary | product, bfloat16 | kernel, top 5 and entropy | share of the product's rate | all "
-        "statistics | PyTorch alone | largest difference | ids, ranks |",
+        "| vocabulary, width, rows | product, bfloat16 | kernel, top 5 and entropy | share of the product's rate | "
+        "all statistics | PyTorch alone | largest difference | ids, ranks |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for shape, r in found["shapes"].items():

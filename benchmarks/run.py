@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +20,20 @@ import machine
 import memory
 import screening
 import startup
+import thresholds
 import tiles
 import where_time_goes
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "benchmarks.json", DOCS / "benchmarks.md"
+README = DOCS.parent / "README.md"
 
 SECTIONS: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
     "compare": (lambda: compare.measure([16, 256, 2048], 3), compare.markdown),
     "decode": (lambda: decode.measure([6, 256], 5), decode.markdown),
     "profile": (lambda: where_time_goes.measure(256, "exact"), where_time_goes.markdown),
     "screening": (lambda: screening.measure(4096), screening.markdown),
+    "thresholds": (thresholds.measure, thresholds.markdown),
     "memory": (lambda: memory.measure([256, 8192]), memory.markdown),
     "tiles": (tiles.measure, tiles.markdown),
     "startup": (lambda: startup.measure(5), startup.markdown),
@@ -55,9 +59,8 @@ forward pass needs. Versions of the peers: `benchmarks/peers/`; how each is call
 {compare}
 
 How can it be below the floor? PyTorch multiplies float32 matrices with a library that uses half the width of this
-processor's vectors. logitlab's own kernel uses all of it, and it never writes the logits down: a lane of a vector is a row to
-decode, and the statistics are taken where the product has just left them. See
-[Speed](speed.md).
+processor's vectors. logitlab's own kernel uses all of it, and never writes the logits down: a lane of a vector is a
+row to decode, and statistics are taken where the product has just left them. See [Speed](speed.md).
 
 ## Decoding alone
 
@@ -73,6 +76,12 @@ tokens KL is dear: the final distribution is worked out for 6 rows, and the kern
 ## Screening keeps its promise
 
 {screening}
+
+Its thresholds, in units of the exact scan: columns likelier than e to the minus theta are computed again; a row of
+which more than the given part of the columns had to be is given up and done in full. In use are a theta of 16, or 18
+where the entropy is wanted, and a patience of 1/12.
+
+{thresholds}
 
 ## Memory
 
@@ -105,8 +114,8 @@ prompts, from a pass of each prompt's own.
 
 NO_GPU = """No GPU was available where these pages were made. The Triton kernel is tested in Triton's interpreter, and
 compiled for Ampere and Hopper GPUs without one being there (`tests/logits/test_gpu.py`); its speed has **not been
-measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its share of the
-rate of a bare bfloat16 product."""
+measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its share of
+the rate of a bare bfloat16 product."""
 
 
 def page(results: dict[str, Any]) -> str:
@@ -126,6 +135,35 @@ def page(results: dict[str, Any]) -> str:
     return TEXT.format(machine=text, command="`python benchmarks/run.py`", gpu=NO_GPU, **parts)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The few numbers of the README: 256 tokens, 31 sites."""
+    part = results["compare"]["found"]["lengths"]["256"]
+    times = {name: statistics.median(values) for name, values in part["seconds"].items()}
+    memory = {name: statistics.median(values) for name, values in part["memory"].items()}
+    floor = times["by_hand: forward"] + times["by_hand: product"]
+    lines = [
+        "| 31 layers of 256 tokens; in units of forward pass + float32 product | top 5 | all statistics | memory over "
+        "the forward pass |",
+        "|---|---|---|---|",
+    ]
+    names = [*compare.OURS.items(), ("by_hand", "the loop that everybody writes")]
+    names += [(name, title) for name, (title, _, _) in compare.PEERS.items()]
+    for name, title in names:
+        both = [f"{name}: {what}" for what in ("top", "all")]
+        cells = [f"{times[k] / floor:.2f}" if k in times else compare.cells_of(part, k, floor)[0] for k in both]
+        most = max(memory[k] for k in both if k in memory) - memory["by_hand: forward"]
+        lines.append(f"| {title} | {' | '.join(cells)} | {most:+,.0f} MB |")
+    return "\n".join(lines)
+
+
+def into_readme(text: str) -> None:
+    """Put the summary between its marks."""
+    readme = README.read_text(encoding="utf-8")
+    before, mark, rest = readme.partition("<!-- benchmarks: written by benchmarks/run.py -->\n")
+    after = rest.partition("<!-- /benchmarks -->")[2]
+    README.write_text(f"{before}{mark}\n{text}\n\n<!-- /benchmarks -->{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Measure what is wanted, keep it, write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,6 +178,8 @@ def main() -> None:
         print(markdown(results[name]["found"]), flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(results), encoding="utf-8")
+    if "compare" in results:
+        into_readme(summary(results))
 
 
 if __name__ == "__main__":

@@ -350,13 +350,12 @@ def test_every_prompt_is_a_path_through_a_tree(prompts: list[tuple[int, ...]], w
         runs = passes._runs(dict(enumerate(prompts)), share=share)
     paths: dict[int, tuple[int, ...]] = {}
 
-    def walk(run: passes.Run, before: tuple[int, ...], above: int | None) -> None:
+    def walk(run: passes.Run, before: tuple[int, ...]) -> None:
         assert run.ids
         here = before + run.ids
         going_on = {n for after in run.after for n in after.owners}
         assert going_on <= set(run.owners)
-        if run.after and above is not None:
-            assert len(run.ids) >= worth
+        assert [a.owners for a in run.after] == sorted(a.owners for a in run.after)
         if run.after:
             assert len(run.ids) >= worth
             assert len(run.owners) > 1
@@ -364,13 +363,36 @@ def test_every_prompt_is_a_path_through_a_tree(prompts: list[tuple[int, ...]], w
             assert n not in paths
             paths[n] = here
         for after in run.after:
-            walk(after, here, len(run.ids))
+            walk(after, here)
 
     for run in runs:
-        walk(run, (), None)
+        walk(run, ())
     assert paths == dict(enumerate(prompts))
     if not share:
         assert all(not run.after for run in runs)
+
+
+@pytest.mark.parametrize("step", [1, 40])
+def test_a_text_and_all_its_beginnings(step: int) -> None:
+    """A tree as deep as there are prompts."""
+    text = tuple(range(1000 * step))
+    prompts = {n: text[: step * (n + 1)] for n in range(1000)}
+    runs = passes._runs(prompts, share=True)
+    assert sum(len(run.owners) == 1 for run in passes._all(runs)) >= 1
+    owners = {n for run in runs for n in run.owners}
+    assert owners == set(prompts)
+    longest = max(runs, key=lambda run: len(run.owners))
+    assert sum(len(run.ids) for run in passes._all([longest])) >= len(text) - passes.SHARED_TOKENS
+
+
+@pytest.mark.usefixtures("short")
+def test_a_conversation_with_all_its_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    ids = zoo.ids(60)
+    prompts = [ids[:n] for n in range(3, 61, 3)]
+    shared, alone = together(model, prompts, positions=-1)
+    for key, values in alone.arrays.items():
+        np.testing.assert_allclose(shared.arrays[key], values, atol=2e-5, err_msg=key)
 
 
 def test_windows_of_a_configuration() -> None:

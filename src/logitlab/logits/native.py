@@ -38,7 +38,7 @@ SCREENED_ROWS = 2048
 THETA, THETA_ENTROPY, THETA_REFERENCE = 16.0, 18.0, 13.5
 """Columns less likely than exp(-THETA) may keep their rough logit, less where the entropy is wanted, which weighs
 columns by their log-probability too; columns that the reference finds less likely than exp(-THETA_REFERENCE) as well.
-Measured by `benchmarks/screening.py`."""
+`benchmarks/thresholds.py` measures what they cost."""
 
 PATIENCE = 1 / 12
 """Part of the columns from which on computing them again one by one takes longer than doing the row in full."""

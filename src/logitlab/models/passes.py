@@ -105,14 +105,14 @@ def parts(
     done: set[int] = set()
     for run in _runs({n: prompts[n].ids for n in plain}, share=share):
         whole = not run.after and len(run.ids) <= PASS_TOKENS
-        if not whole and not _continues(model, prompts[run.owners[0]], run):
+        if not whole and not _continues(model, max((prompts[n] for n in run.owners), key=lambda p: len(p.ids))):
             continue
         done |= set(run.owners)
         if whole:
             yield _whole(model, prompts, run.owners, keys, positions)
             continue
         changed: list[int] = []
-        yield from _continued(model, prompts, keys, positions, run, None, 0, changed)
+        yield from _continued(model, prompts, keys, positions, run, changed)
         for n in changed:
             yield _whole(model, prompts, (n,), keys, positions)
     rest = [n for n in range(len(prompts)) if n not in done]
@@ -162,37 +162,58 @@ class Run:
     after: list[Run] = field(default_factory=list["Run"])
 
 
-def _runs(prompts: Mapping[int, tuple[int, ...]], *, share: bool, start: int = 0) -> list[Run]:
+Item = tuple[tuple[int, ...], list[int]]
+"""Token ids, and the prompts that consist of them."""
+
+
+def _runs(prompts: Mapping[int, tuple[int, ...]], *, share: bool) -> list[Run]:
     """Prompts as trees of runs, in the order of their first prompts. Equal prompts are one run in any case."""
     by_ids: dict[tuple[int, ...], list[int]] = {}
     for n, ids in prompts.items():
         by_ids.setdefault(ids, []).append(n)
-    found = (
-        _tree(sorted(by_ids.items()), start)
-        if share and by_ids
-        else [Run(tuple(o), i[start:]) for i, o in by_ids.items()]
-    )
+    found: list[Run] = []
+    # Not by recursion: prompts that each go on for a token more make trees as deep as there are prompts.
+    waiting: list[tuple[list[Item], int, list[Run]]] = []
+    if share and by_ids:
+        waiting.append((sorted(by_ids.items()), 0, found))
+    else:
+        found += [Run(tuple(owners), ids) for ids, owners in by_ids.items()]
+    while waiting:
+        items, start, out = waiting.pop()
+        out += _split(items, start, out, waiting)
+    for run in _all(found):
+        run.after.sort(key=lambda r: r.owners)
     return sorted(found, key=lambda run: run.owners)
 
 
-def _tree(items: list[tuple[tuple[int, ...], list[int]]], start: int) -> list[Run]:
-    """Trees of sorted, distinct prompts that agree up to ``start``."""
-    if len(items) == 1:
-        ids, owners = items[0]
-        return [Run(tuple(owners), ids[start:])]
+def _split(
+    items: list[Item], start: int, out: list[Run], waiting: list[tuple[list[Item], int, list[Run]]]
+) -> list[Run]:
+    """Runs of sorted, distinct prompts that agree up to ``start``; what is to be split further is put to wait."""
     first, last = items[0][0], items[-1][0]
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    here = [item for item in items if len(item[0]) == common]
-    longer = [item for item in items if len(item[0]) > common]
-    groups: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
-    for item in longer:
-        groups.setdefault(item[0][common], []).append(item)
-    if common - start < SHARED_TOKENS:
-        apart = [Run(tuple(owners), ids[start:]) for ids, owners in here]
-        return apart + [run for group in groups.values() for run in _tree(group, start)]
-    owners = tuple(sorted(n for _, some in items for n in some))
-    after = [run for group in groups.values() for run in _tree(group, common)]
-    return [Run(owners, first[start:common], sorted(after, key=lambda run: run.owners))]
+    if len(items) == 1:
+        return [Run(tuple(items[0][1]), first[start:])]
+    shorter = min(len(first), len(last))
+    common = next((i for i in range(start, shorter) if first[i] != last[i]), shorter)
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        if len(item[0]) > common:
+            groups.setdefault(item[0][common], []).append(item)
+    if common - start < SHARED_TOKENS:  # not worth a pass of its own
+        waiting += [(group, start, out) for group in groups.values()]
+        return [Run(tuple(owners), ids[start:]) for ids, owners in items if len(ids) == common]
+    run = Run(tuple(sorted(n for _, some in items for n in some)), first[start:common])
+    waiting += [(group, common, run.after) for group in groups.values()]
+    return [run]
+
+
+def _all(runs: Sequence[Run]) -> Iterator[Run]:
+    """Every run of some trees, each before those that go on from it."""
+    waiting = list(runs)
+    while waiting:
+        run = waiting.pop()
+        waiting += run.after
+        yield run
 
 
 def _continued(
@@ -200,36 +221,41 @@ def _continued(
     prompts: Sequence[Encoded],
     keys: Sequence[Key],
     positions: Sequence[Sequence[int]],
-    run: Run,
-    cache: Cache | None,
-    past: int,
+    root: Run,
     changed: list[int],
 ) -> Iterator[Part]:
     """Run a tree, handing on the cache; prompts that cannot be trusted in the end are put into ``changed``."""
-    stop = past + len(run.ids)
-    pieces = math.ceil(len(run.ids) / PASS_TOKENS)
-    size = math.ceil(len(run.ids) / pieces)
-    needed = max((p for n in run.owners for p in positions[n]), default=-1)
     before = _buffers(model)
-    for start in range(past, stop, size):
-        end = min(start + size, stop)
-        if start > needed:  # a model that goes on from its cache does not look ahead
-            return
-        wanted = [p for p in _wanted(positions, run.owners) if start <= p < end]
-        more = end < min(stop, needed + 1) or (bool(run.after) and needed >= stop)
-        piece = Encoded(None, prompts[run.owners[0]].ids[start:end])
-        found = _forward(model, [piece], keys if wanted else [], [[p - start for p in wanted]], cache, start, more=more)
-        if _buffers(model) != before:  # rotary tables that depend on the length, say: earlier passes had others
-            model.continues = False
-            changed.extend(run.owners)
-            return
-        cache = found.cache
-        _trim()
-        if wanted:
-            yield Part((run.owners,), (tuple(wanted),), found.kept, found.answers)
-    for i, after in enumerate(run.after):
-        own = cache if i == len(run.after) - 1 else deepcopy(cache)
-        yield from _continued(model, prompts, keys, positions, after, own, stop, changed)
+    # What is run next comes last: a run, the cache that it goes on from, tokens so far, whether others go on from it.
+    waiting: list[tuple[Run, Cache | None, int, bool]] = [(root, None, 0, False)]
+    while waiting:
+        run, cache, past, shared = waiting.pop()
+        stop = past + len(run.ids)
+        pieces = math.ceil(len(run.ids) / PASS_TOKENS)
+        size = math.ceil(len(run.ids) / pieces)
+        everything = _wanted(positions, run.owners)
+        needed = max(everything, default=-1)
+        cache = deepcopy(cache) if shared else cache
+        for start in range(past, stop, size):
+            end = min(start + size, stop)
+            if start > needed:  # a model that goes on from its cache does not look ahead
+                break
+            wanted = [p for p in everything if start <= p < end]
+            more = end < min(stop, needed + 1) or (bool(run.after) and needed >= stop)
+            piece = Encoded(None, prompts[run.owners[0]].ids[start:end])
+            rows = [[p - start for p in wanted]]
+            found = _forward(model, [piece], keys if wanted else [], rows, cache, start, more=more)
+            if _buffers(model) != before:  # rotary tables that depend on the length, say: earlier passes had others
+                model.continues = False
+                changed += root.owners
+                return
+            cache = found.cache
+            _trim()
+            if wanted:
+                yield Part((run.owners,), (tuple(wanted),), found.kept, found.answers)
+        if needed >= stop:
+            last = len(run.after) - 1  # it may have the cache itself, since it is run last
+            waiting += reversed([(after, cache, stop, i < last) for i, after in enumerate(run.after)])
 
 
 def _trim() -> None:
@@ -247,22 +273,17 @@ def _buffers(model: Model) -> list[tuple[int, int]]:
 # -- proof that a model goes on from its cache -------------------------------------------------
 
 
-def _continues(model: Model, prompt: Encoded, run: Run) -> bool:
+def _continues(model: Model, prompt: Encoded) -> bool:
     """Whether passes over parts of a prompt give what one pass over all of it gives; proved once for a length."""
     if model.encoder_decoder or not model.takes("use_cache") or model.stack.batch != 1:
         return False
-    longest = _longest(run)
-    needed = min(len(prompt.ids), longest, max(2 * SHARED_TOKENS, *_windows(model)) + SHARED_TOKENS)
+    needed = min(len(prompt.ids), max(2 * SHARED_TOKENS, *_windows(model)) + SHARED_TOKENS)
     known = model.continues
     if known is False or (known is not None and known >= needed):
         return known is not False
     fine = _proved(model, prompt.ids[:needed])
     model.continues = needed if fine else False
     return fine
-
-
-def _longest(run: Run) -> int:
-    return len(run.ids) + max((_longest(after) for after in run.after), default=0)
 
 
 def _windows(model: Model) -> list[int]:
