@@ -15,5 +15,9 @@ class ModelError(LogitlabError, ValueError):
     """A model cannot be loaded, or has no part that logitlab can read."""
 
 
+class OutOfMemoryError(LogitlabError):
+    """There is not enough memory for a forward pass."""
+
+
 class VerificationError(ModelError):
     """A model was loaded, but its tail did not reproduce the model's own logits."""

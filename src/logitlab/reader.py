@@ -15,7 +15,7 @@ import torch
 from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
-from logitlab.logits import Asked, Statistics, statistics
+from logitlab.logits import Asked, LogitSource, Statistics, statistics
 from logitlab.logits.choose import check_precision, choose
 from logitlab.logits.independent import independent
 from logitlab.logits.statistics import MAX_ERROR
@@ -91,13 +91,12 @@ def read(
         decoder: text or ids that the decoder of an encoder-decoder model has already written.
         concepts: texts that a picture is compared with, for models that do that (CLIP, SigLIP).
         batch_tokens: put several prompts into one padded, masked forward pass of at most this many
-            tokens; by default each has its own, so that its numbers do not depend on its company
-            (see `logitlab.capture`).
+            tokens (see `logitlab.capture`); by default nothing is padded.
         share_prefixes: whether tokens that several prompts begin with go through the model once (32 or more of
             them, and only where the model was proved to go on from its cache as it would have without a
             break). Sums are then of other shapes, so a prompt's numbers can differ from those that it has
             alone, by what rounding does. By default in float32, where that is not seen, and not in half
-            precision.
+            precision. With False a prompt's numbers do not depend on its company.
         precision: ``"exact"``, ``"screened"`` or ``"auto"``, see `logitlab.logits.statistics`. A screened reading
             has an array ``bound``: what screening can have added to the error of each cell, in nats.
         max_error: nats by which screened statistics may be off.
@@ -111,6 +110,7 @@ def read(
     Raises:
         InputError: an argument cannot be used; the message says which and what to do.
         ModelError: the hidden states are not finite; the message says from which site on.
+        OutOfMemoryError: there is not enough memory for a forward pass.
 
     Example:
         ``read(model, "The capital of France is", target=" Paris").at(position=-1).rank``
@@ -129,8 +129,7 @@ def read(
     targets = resolve_targets(model, target, columns)
     wanted = _wanted(statistics)
     check_precision(precision)
-    if not max_error > 0:
-        raise InputError(f"max_error is {max_error}; it is a number of nats above 0")
+    _check_max_error(max_error)
     asked = Asked(
         top_k=top_k,
         targets=torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None,
@@ -152,6 +151,7 @@ def read(
     }
     provenance = _provenance(model, chosen, lens, settings)
     if not by_tokens(model, prompts):
+        settings["backend"] = choose(backend, LogitSource(lambda z: z, model.vocab_size))
         found: list[StateReading] = []
         for n, prompt in enumerate(prompts):
             with model.exclusive():
@@ -167,9 +167,10 @@ def read(
                 )
             if progress is not None:
                 progress(n + 1, len(prompts))
-        return _reading_of_states(prompts, found, chosen, targets, columns, provenance)
+        reading = _reading_of_states(prompts, found, chosen, targets, columns, provenance)
+        _note_bound(settings, reading.arrays, max_error)
+        return reading
     settings["backend"] = choose(backend, model.tail.source)
-    settings["share_prefixes"] = _shares(model) if share_prefixes is None else share_prefixes
     where = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
     table = Table(where, len(chosen))
     passes = parts(
@@ -178,18 +179,21 @@ def read(
         keys_of(model, chosen),
         where,
         batch_tokens=batch_tokens,
-        share=settings["share_prefixes"],
+        share=share_prefixes,
     )
+    continued = shared = False
     for part in _grouped(_checked(model, passes, prompts, chosen)):
+        continued |= part.continued
+        shared |= part.continued and any(len({prompts[n].ids for n in owners}) > 1 for owners in part.owners)
         with model.exclusive():
             for rows, result in _decoded(model, activations_of(model, part, prompts, chosen), lens, asked):
                 table.put(part, rows, result)
                 if progress is not None:
                     progress(table.done * len(chosen), table.total * len(chosen))
-    settings["pass_tokens"] = PASS_TOKENS if model.continues else None
-    if "bound" in table.arrays:
-        settings["max_error"] = max_error
-        settings["error_bound"] = float(np.nanmax(table.arrays["bound"]))
+        del part  # so that it can be freed while the next pass is run
+    settings["pass_tokens"] = PASS_TOKENS if continued else None
+    settings["share_prefixes"] = shared
+    _note_bound(settings, table.arrays, max_error)
     arrays = table.arrays
     return Reading(
         prompts=tuple(_prompt(model, p, w) for p, w in zip(prompts, where, strict=True)),
@@ -202,8 +206,10 @@ def read(
     )
 
 
-def _wanted(names: str | Iterable[str]) -> tuple[str, ...]:
+def _wanted(names: str | Iterable[str] | None) -> tuple[str, ...]:
     """The statistics that a caller names, in the order of `STATISTICS`."""
+    if names is None:
+        raise InputError(f"statistics is None; name some of {', '.join(STATISTICS)}, or () for top tokens alone")
     given = [names] if isinstance(names, str) else list(names)
     bad = next((name for name in given if name not in STATISTICS), None)
     if bad is not None:
@@ -214,13 +220,17 @@ def _wanted(names: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in given)
 
 
-def _shares(model: Model) -> bool:
-    """Whether tokens that prompts begin with in common are run once unless the caller says otherwise.
+def _check_max_error(given: Any) -> None:
+    fine = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < float("inf")
+    if not fine:
+        raise InputError(f"max_error is {given!r}; it is a number of nats above 0")
 
-    Sums of other shapes round differently. In float32 nothing of that is seen in a reading; in half precision it
-    is, and a prompt's numbers would depend on its company.
-    """
-    return model.dtype in (torch.float32, torch.float64)
+
+def _note_bound(settings: dict[str, Any], arrays: Mapping[str, Array], max_error: float) -> None:
+    """Record what screening was allowed, and what it can have added."""
+    if "bound" in arrays:
+        settings["max_error"] = max_error
+        settings["error_bound"] = float(np.nanmax(arrays["bound"]))
 
 
 def _labels(columns: Vocabulary, arrays: Mapping[str, Array], targets: Sequence[Target]) -> dict[int, str]:
@@ -269,7 +279,9 @@ def _checked(model: Model, passes: Iterable[Part], prompts: Sequence[Encoded], s
         _check_finite(activations, part.owners)
         with model.exclusive():
             _check_answers(model, activations, part.owners)
+        del activations
         yield part
+        del part  # so that it can be freed while the next pass is run
 
 
 def _grouped(passes: Iterable[Part]) -> Iterator[Part]:
@@ -280,6 +292,11 @@ def _grouped(passes: Iterable[Part]) -> Iterator[Part]:
             yield joined(waiting)
             waiting = []
         waiting.append(part)
+        if sum(p.size for p in waiting) + part.size > GROUP_POSITIONS:  # another like it would be too much
+            del part
+            together, waiting = joined(waiting), []
+            yield together
+            del together
     if waiting:
         yield joined(waiting)
 
@@ -393,6 +410,8 @@ def decode(
         )
     with model.exclusive():
         if model.space.activation == "sigmoid":
+            check_precision(precision)
+            choose(backend, LogitSource(lambda z: z, model.vocab_size))
             z = model.tail.logits(hidden.reshape(-1, model.width)).reshape(*hidden.shape[:-1], -1)
             ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
             return independent(z if z.ndim == 3 else z.unsqueeze(0), top_k=top_k, targets=ids)

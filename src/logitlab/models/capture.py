@@ -32,8 +32,8 @@ class Activations:
             neurons the inputs of their projection [rows, inputs]; rows are all kept positions of
             all prompts, one prompt after the other.
         projections: by (layer, kind), the map that turns those inputs into heads or neurons.
-        answers: what the model itself went on with at the last kept position of each prompt, to hold the
-            tail against: the head's input where the pass stopped there, else the logits.
+        answers: of a single pass, what the model itself went on with at the last kept position of each prompt,
+            to hold the tail against: the head's input where the pass stopped there, else the logits.
     """
 
     sites: tuple[Site, ...]
@@ -88,6 +88,7 @@ def capture(
     *,
     decoder: Any = None,
     batch_tokens: int | None = None,
+    share_prefixes: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Activations:
     """Run a model and keep the hidden states at some sites and positions.
@@ -101,8 +102,9 @@ def capture(
         decoder: what the decoder of an encoder-decoder model has already written.
         batch_tokens: put several prompts, padded on the right and masked, into one forward pass of
             at most this many tokens: quicker for many short prompts, but every block then rounds
-            differently (``benchmarks/batching.py`` measures by how much). By default each prompt has
-            a pass of its own, so its values do not depend on its neighbours.
+            differently (``benchmarks/batching.py`` measures by how much). By default nothing is padded.
+        share_prefixes: whether tokens that several prompts begin with go through the model once, see
+            `logitlab.read`; by default in float32. With False a prompt's values do not depend on its company.
         progress: called with the numbers of prompts done and in all.
 
     Returns:
@@ -118,7 +120,7 @@ def capture(
     _need_tokens(model, prompts)
     chosen = model.select_sites(sites)
     kept_positions = [select_positions(positions, len(p.ids), n) for n, p in enumerate(prompts)]
-    return capture_encoded(model, prompts, chosen, kept_positions, batch_tokens, progress)
+    return capture_encoded(model, prompts, chosen, kept_positions, batch_tokens, progress, share=share_prefixes)
 
 
 def capture_encoded(
@@ -129,7 +131,7 @@ def capture_encoded(
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     *,
-    share: bool = True,
+    share: bool | None = None,
 ) -> Activations:
     """`capture` for inputs that are already encoded and checked."""
     keys = keys_of(model, sites)

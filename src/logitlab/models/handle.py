@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,6 +37,19 @@ from logitlab.models.vocabulary import ColumnLabels, Vocabulary
 from logitlab.models.weights import stored
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """Whether a model goes on from its cache as it would have gone on without a break.
+
+    Attributes:
+        state: of what it was found out: weights, hooks and the like, as one number.
+        tokens: up to how many tokens it was proved; 0 if it does not.
+    """
+
+    state: int
+    tokens: int
+
+
 class Model:
     """A verified model. Made by `logitlab.load` and `logitlab.wrap`.
 
@@ -51,8 +64,7 @@ class Model:
         processor: what prepares its pictures or sounds, or None.
         vocabulary: labels for token ids.
         columns: labels for the columns of its output: token ids, or classes.
-        continues: up to how many tokens it was proved to go on from its cache as it would have without a break;
-            None while nobody has needed it, False if it does not.
+        continuation: what was found out about going on from its cache; None while nobody has needed it.
     """
 
     def __init__(
@@ -79,7 +91,7 @@ class Model:
         self.verification = Verification(tail_check, fast_form, _describe(tail), lambda: self._taken_apart[1])
         self.vocabulary = Vocabulary(tokenizer, tail.vocab_size)
         self.columns = column_labels(module, tail.space, self.vocabulary)
-        self.continues: int | bool | None = None
+        self.continuation: Continuation | None = None
 
     def __repr__(self) -> str:
         return (

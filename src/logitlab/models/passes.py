@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from logitlab.errors import InputError, LogitlabError, ModelError
-from logitlab.models.handle import Model
+from logitlab.errors import InputError, LogitlabError, ModelError, OutOfMemoryError
+from logitlab.models.handle import Continuation, Model
 from logitlab.models.hooks import FORWARD_ERRORS, StopForward, Taps, hidden_input
 from logitlab.models.inputs import Encoded
-from logitlab.models.output import output_of
+from logitlab.models.output import configs_of, output_of
 from logitlab.models.verify import finite_size, max_difference, tolerance
 from logitlab.models.watch import Key, watch
 
@@ -48,12 +48,14 @@ class Part:
         kept: by layer and kind, rows [kept positions, size], one sequence after the other.
         answers: what the model went on with at the last kept position of each sequence that has one; None
             where that has another form.
+        continued: whether it is a piece of prompts, with what came before it in the model's cache.
     """
 
     owners: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, ...], ...]
     kept: dict[Key, torch.Tensor]
     answers: torch.Tensor | None
+    continued: bool = False
 
     @property
     def size(self) -> int:
@@ -67,7 +69,17 @@ def joined(some: Sequence[Part]) -> Part:
         {key: torch.cat([part.kept[key] for part in some]) for key in some[0].kept} if len(some) > 1 else some[0].kept
     )
     owners = tuple(o for part in some for o in part.owners)
-    return Part(owners, tuple(p for part in some for p in part.positions), kept, None)
+    continued = any(part.continued for part in some)
+    return Part(owners, tuple(p for part in some for p in part.positions), kept, None, continued)
+
+
+def shares(model: Model) -> bool:
+    """Whether tokens that prompts begin with in common are run once unless the caller says otherwise.
+
+    Sums of other shapes round differently. In float32 nothing of that is seen in a reading; in half precision it
+    is, and a prompt's numbers would depend on its company.
+    """
+    return model.dtype in (torch.float32, torch.float64)
 
 
 def parts(
@@ -77,7 +89,7 @@ def parts(
     positions: Sequence[Sequence[int]],
     *,
     batch_tokens: int | None = None,
-    share: bool = True,
+    share: bool | None = None,
 ) -> Iterator[Part]:
     """Run prompts and yield what each pass leaves at the wanted sites and positions.
 
@@ -89,19 +101,25 @@ def parts(
         prompts: the prompts.
         keys: layers and kinds of the sites.
         positions: for each prompt, the positions to keep.
-        batch_tokens: put several prompts into padded passes of at most this many tokens.
-        share: whether tokens that several prompts begin with are run once.
+        batch_tokens: put several prompts into padded passes of at most this many tokens; nothing is shared then.
+        share: whether tokens that several prompts begin with are run once; by default as `shares` says.
 
     Raises:
-        InputError: ``batch_tokens`` is not a number from 1 on, or the model does not run on an input.
+        InputError: ``batch_tokens`` is not a number from 1 on, or is to be used together with sharing, or the model
+            does not run on an input.
         ModelError: a site was not reached.
+        OutOfMemoryError: there is not enough memory for a pass.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    together = batch_tokens is not None and batch_tokens > 1 and model.stack.batch_first
+    together = batch_tokens is not None and batch_tokens > 1
+    if together and share:
+        raise InputError("batch_tokens and share_prefixes exclude each other: prompts in one padded pass share nothing")
+    share = (shares(model) if share is None else share) and not together
+    together = together and model.stack.batch_first
     plain = [n for n, p in enumerate(prompts) if not p.extra and p.encoder_ids is None and p.ids]
     if together:
-        plain = []
+        plain = [n for n in plain if len(prompts[n].ids) > PASS_TOKENS]
     done: set[int] = set()
     for run in _runs({n: prompts[n].ids for n in plain}, share=share):
         whole = not run.after and len(run.ids) <= PASS_TOKENS
@@ -113,15 +131,24 @@ def parts(
             continue
         changed: list[int] = []
         yield from _continued(model, prompts, keys, positions, run, changed)
-        for n in changed:
-            yield _whole(model, prompts, (n,), keys, positions)
-    rest = [n for n in range(len(prompts)) if n not in done]
+        for owners in _equal(prompts, changed):
+            yield _whole(model, prompts, owners, keys, positions)
+    rest = _equal(prompts, [n for n in range(len(prompts)) if n not in done])
     most = (batch_tokens or 1) if together else 1
-    for batch in _batches([prompts[n] for n in rest], most, padded=model.takes("attention_mask")):
-        numbers = [rest[i] for i in batch]
-        chosen = [positions[n] for n in numbers]
-        found = _forward(model, [prompts[n] for n in numbers], keys, chosen)
-        yield Part(tuple((n,) for n in numbers), tuple(map(tuple, chosen)), found.kept, found.answers)
+    for batch in _batches([prompts[owners[0]] for owners in rest], most, padded=model.takes("attention_mask")):
+        owners = tuple(rest[i] for i in batch)
+        chosen = [_wanted(positions, some) for some in owners]
+        found = _forward(model, [prompts[some[0]] for some in owners], keys, chosen)
+        yield Part(owners, tuple(map(tuple, chosen)), found.kept, found.answers)
+
+
+def _equal(prompts: Sequence[Encoded], numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Groups of prompts that consist of the same tokens and nothing else, in the order of their first ones."""
+    groups: dict[Any, list[int]] = {}
+    for n in numbers:
+        p = prompts[n]
+        groups.setdefault(n if p.extra or not p.ids else (p.ids, p.encoder_ids), []).append(n)
+    return [tuple(group) for group in groups.values()]
 
 
 def _whole(
@@ -235,7 +262,6 @@ def _continued(
         size = math.ceil(len(run.ids) / pieces)
         everything = _wanted(positions, run.owners)
         needed = max(everything, default=-1)
-        cache = deepcopy(cache) if shared else cache
         for start in range(past, stop, size):
             end = min(start + size, stop)
             if start > needed:  # a model that goes on from its cache does not look ahead
@@ -244,15 +270,25 @@ def _continued(
             more = end < min(stop, needed + 1) or (bool(run.after) and needed >= stop)
             piece = Encoded(None, prompts[run.owners[0]].ids[start:end])
             rows = [[p - start for p in wanted]]
-            found = _forward(model, [piece], keys if wanted else [], rows, cache, start, more=more)
-            if _buffers(model) != before:  # rotary tables that depend on the length, say: earlier passes had others
-                model.continues = False
+            try:
+                cache = deepcopy(cache) if shared and start == past else cache
+                found = _forward(model, [piece], keys if wanted else [], rows, cache, start, more=more)
+            except (InputError, *FORWARD_ERRORS):
+                if start == 0:  # not because of a cache
+                    raise
+                found = None
+            # Or what it goes on from is more than its cache: rotary tables that depend on the length, say.
+            if found is None or _buffers(model) != before:
+                model.continuation = Continuation(_state(model), 0)
                 changed += root.owners
                 return
             cache = found.cache
+            part = Part((run.owners,), (tuple(wanted),), found.kept, found.answers, continued=True)
+            del found  # what is not held here can be freed while the next piece is run
             _trim()
             if wanted:
-                yield Part((run.owners,), (tuple(wanted),), found.kept, found.answers)
+                yield part
+            del part
         if needed >= stop:
             last = len(run.after) - 1  # it may have the cache itself, since it is run last
             waiting += reversed([(after, cache, stop, i < last) for i, after in enumerate(run.after)])
@@ -274,51 +310,86 @@ def _buffers(model: Model) -> list[tuple[int, int]]:
 
 
 def _continues(model: Model, prompt: Encoded) -> bool:
-    """Whether passes over parts of a prompt give what one pass over all of it gives; proved once for a length."""
+    """Whether passes over parts of a prompt give what one pass over all of it gives.
+
+    It is proved for a length, and again when the model has changed: its weights, its hooks, its kind of attention.
+    """
     if model.encoder_decoder or not model.takes("use_cache") or model.stack.batch != 1:
         return False
-    needed = min(len(prompt.ids), max(2 * SHARED_TOKENS, *_windows(model)) + SHARED_TOKENS)
-    known = model.continues
-    if known is False or (known is not None and known >= needed):
-        return known is not False
-    fine = _proved(model, prompt.ids[:needed])
-    model.continues = needed if fine else False
-    return fine
+    if any(p.device.type == "meta" for p in model.module.parameters()):
+        return False  # weights on disk are read for every pass: the fewer the better
+    if any(most < len(prompt.ids) for most in _numbers(model, ("index_topk",))):
+        return False  # which keys are looked at is decided by comparisons, whose outcome rounding can turn
+    state, needed = _state(model), _tokens_of_proof(_numbers(model, ("window", "chunk")), len(prompt.ids))
+    known = model.continuation
+    if known is None or known.state != state or 0 < known.tokens < needed:
+        fine = _proved(model, prompt.ids[:needed])
+        known = model.continuation = Continuation(_state(model), needed if fine else 0)
+    return known.tokens > 0
 
 
-def _windows(model: Model) -> list[int]:
-    """Spans, in tokens, over which the configuration lets the model look back: beyond them it behaves differently."""
-    config: Any = getattr(model.module, "config", None)
-    found: list[int] = [0]
-    for c in (config, getattr(config, "text_config", None)):
-        for name, value in vars(c).items() if c is not None else ():
-            if ("window" in name or "chunk" in name) and isinstance(value, int) and not isinstance(value, bool):
-                found.append(value)
+def _tokens_of_proof(windows: Sequence[int], length: int) -> int:
+    """How many tokens show what a prompt of some length can show: beyond every window, pieces longer than it too."""
+    window = max((w for w in windows if w < length), default=0)
+    beyond = 2 * window if window < PASS_TOKENS else window
+    return min(length, max(2 * SHARED_TOKENS, beyond) + SHARED_TOKENS)
+
+
+def _numbers(model: Model, words: Sequence[str]) -> list[int]:
+    """Numbers above 0 that the configuration has under names with one of some words in them.
+
+    For ``window`` and ``chunk`` that is how far, in tokens, the model looks back: beyond it behaves differently.
+    """
+    found: list[int] = []
+    for config in configs_of(getattr(model.module, "config", None)):
+        for name, value in vars(config).items():
+            if any(word in name for word in words):
+                values: Any = value if isinstance(value, list | tuple) else [value]
+                found += [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]
     return found
 
 
+def _state(model: Model) -> int:
+    """A number that changes when something does that the result of a pass can depend on, apart from its input."""
+    found: list[Any] = [getattr(getattr(model.module, "config", None), "_attn_implementation", None)]
+    for p in model.module.parameters():
+        found.append((p.data_ptr(), 0 if p.is_inference() else p._version))
+    for module in model.module.modules():
+        found += [*module._forward_hooks, *module._forward_pre_hooks]  # pyright: ignore[reportPrivateUsage]
+        for name, value in vars(module).items():  # what a module remembers from one pass to the next
+            if isinstance(value, torch.Tensor):
+                found.append((name, value.data_ptr(), 0 if value.is_inference() else value._version))
+    return hash(tuple(found))
+
+
 def _proved(model: Model, ids: tuple[int, ...]) -> bool:
-    """Hold three passes that hand on a cache against one pass, in what the model answers."""
+    """Hold passes that hand on a cache, and on copies of it, against one pass, in what the model answers."""
     key = (model.last_site.layer, model.last_site.kind)
     cuts = [0, len(ids) // 2 - 1, len(ids) - 2, len(ids)]
     watched = sorted({0, cuts[1] - 1, cuts[1], cuts[1] + 1, cuts[2] - 1, cuts[2], len(ids) - 1})
     try:
         whole = _forward(model, [Encoded(None, ids)], [key], [watched]).kept[key]
         pieces: list[torch.Tensor] = []
+        again: list[torch.Tensor] = []
         cache: Cache | None = None
         for start, end in pairwise(cuts):
             here = [p - start for p in watched if start <= p < end]
             piece = Encoded(None, ids[start:end])
-            found = _forward(model, [piece], [key], [here], cache, start, more=end < len(ids))
+            more = end < len(ids)
+            if cache is not None:  # a copy first: if it is not one, the cache itself is spoilt
+                again.append(_forward(model, [piece], [key], [here], deepcopy(cache), start, more=more).kept[key])
+            found = _forward(model, [piece], [key], [here], cache, start, more=more)
             cache = found.cache
             pieces.append(found.kept[key])
         with model.exclusive():
             truth, ours = model.tail.logits(whole), model.tail.logits(torch.cat(pieces))
+            copied = model.tail.logits(torch.cat(again))
     except (InputError, *FORWARD_ERRORS):
         return False
     size = finite_size(truth)
     # Both round, all the way up the stack, in sums of other shapes: more than a tail does, much less than a fault.
-    return max_difference(ours, truth) <= 64 * tolerance(torch.float32, size) + 2 * tolerance(model.dtype, size)
+    allowed = 64 * tolerance(torch.float32, size) + 2 * tolerance(model.dtype, size)
+    return max_difference(ours, truth) <= allowed and max_difference(copied, truth[-len(copied) :]) <= allowed
 
 
 # -- one pass ----------------------------------------------------------------------------------
@@ -426,10 +497,15 @@ def _handed_on(model: Model, result: Any) -> dict[str, Any]:
     return found
 
 
-def stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> InputError:
+def stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> LogitlabError:
     """What to raise when a model's own code refuses an input."""
     sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
     why = " ".join(str(error).split())[:300]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in why:
+        return OutOfMemoryError(
+            f"there is not enough memory to run {model.name} on this input ({sizes}): give a shorter one, or load the "
+            f"model in half precision ({why[:120]})"
+        )
     return InputError(f"{model.name} does not run on this input ({sizes}): {type(error).__name__}: {why}")
 
 
