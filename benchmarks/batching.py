@@ -7,6 +7,7 @@ Run: python benchmarks/batching.py
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def markdown(found: Result) -> str:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(markdown(measure()))
 
 

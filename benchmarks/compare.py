@@ -2,7 +2,8 @@
 
 Each contestant has a process and an environment of its own (`contestants/`, `peers/`). For every prompt length
 and set of statistics the processes are asked in turn, in another order each round. The floor is the model's own
-forward pass plus the bare float32 product [rows, d] x [d, V] of all rows that a lens decodes.
+forward pass plus the bare float32 product [rows, d] x [d, V] of all rows that a lens decodes, by `torch.mm`; the
+fastest way known stands beside it (`floor.py`).
 Run: python benchmarks/compare.py [--lengths 16 256 2048 --rounds 3]
 """
 
@@ -13,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,22 @@ from machine import Result, real_text, spread
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".bench"
 PEERS = {
-    "transformer_lens": ("TransformerLens", "transformer-lens", "no KL; ranks in a second call"),
+    "transformer_lens": (
+        "TransformerLens",
+        "transformer-lens",
+        "no KL; the top 5 always come with entropy",
+    ),
     "interp_engine": ("interp-engine", "interp-engine", "entropy, KL and rank by the usual code; 30 of 31 sites"),
     "interpreto": ("interpreto", "interpreto", "top tokens only"),
-    "tuned_lens": ("tuned-lens", "tuned-lens", "no top tokens of its own"),
+    "tuned_lens": ("tuned-lens", "tuned-lens", "its top tokens are labels of a figure, so the top 5 by `torch.topk`"),
 }
 OURS = {
     "logitlab_exact": "logitlab, exact",
     "logitlab_screened": "logitlab, screened",
     "logitlab_torch": "logitlab without a C compiler",
 }
-BASE = ("forward", "product", "product bfloat16")
+BY_HAND = "the usual loop, written by hand"
+BASE = ("forward", "product", "product torch.mm", "product bfloat16")
 
 
 class Process:
@@ -43,14 +50,19 @@ class Process:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE
         )
-        self.threads = self._read()["threads"]
+        ready = self._read()
+        self.threads: int = ready["threads"]
+        self.dtypes: list[str] = ready["dtypes"]
 
     def ask(self, what: str, ids: list[int]) -> Result:
         """Have a case run and measured."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"what": what, "ids": ids}) + "\n")
         self._process.stdin.flush()
-        return self._read()
+        answer = self._read()
+        if "error" in answer:
+            raise SystemExit(f"{self.name}: {what}, {len(ids)} tokens: {answer['error']}")
+        return answer
 
     def _read(self) -> Result:
         assert self._process.stdout is not None
@@ -80,8 +92,21 @@ def environment(peer: str) -> str:
     return str(python)
 
 
-def measure(lengths: list[int], rounds: int, only: list[str] | None = None) -> Result:
-    """Run everything; seconds and MB of every round."""
+def check_alike(processes: list[Process]) -> None:
+    """Stop unless all contestants have as many threads, and float32 weights: nothing could be compared."""
+    for what, values in (
+        ("threads", {p.name: p.threads for p in processes}),
+        ("weights", {p.name: ", ".join(p.dtypes) for p in processes}),
+    ):
+        if len(set(values.values())) > 1:
+            told = "; ".join(f"{name}: {value}" for name, value in values.items())
+            raise SystemExit(f"the contestants' {what} differ, so they cannot be compared ({told})")
+
+
+def measure(
+    lengths: list[int], rounds: int, only: list[str] | None = None, keep: Callable[[Result], None] | None = None
+) -> Result:
+    """Run everything; seconds and MB of every round. What there is so far is given to `keep` after each length."""
     from logitlab.models.cache import default_gguf
     from logitlab.models.gguf import converted
 
@@ -91,17 +116,22 @@ def measure(lengths: list[int], rounds: int, only: list[str] | None = None) -> R
     folder = str(converted(source))
     names = [n for n in ("by_hand", *OURS, *PEERS) if only is None or n in ("by_hand", *only)]
     pythons = {n: environment(PEERS[n][1]) if n in PEERS else sys.executable for n in names}
-    processes = {n: Process(n, pythons[n], folder) for n in names}
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(folder)(real_text()[:200_000])["input_ids"]
-    found: Result = {"lengths": {}, "threads": {n: p.threads for n, p in processes.items()}}
+    found: Result = {"lengths": {}}
+    processes: dict[str, Process] = {}
     try:
+        for n in names:
+            processes[n] = Process(n, pythons[n], folder)
+        check_alike(list(processes.values()))
+        found["threads"] = {n: p.threads for n, p in processes.items()}
         for length in lengths:
             ids = tokens[1000 : 1000 + length]
             times: dict[str, list[float]] = {}
             memory: dict[str, list[float]] = {}
             fits: dict[str, bool] = {}
+            ways: dict[str, str] = {}
             cases = [("by_hand", what) for what in (*BASE, "top", "all")]
             cases += [(n, what) for what in ("top", "all") for n in names if n != "by_hand"]
             for n, what in cases:  # what is only done once (weights paged in, kernels chosen) is not counted
@@ -118,9 +148,12 @@ def measure(lengths: list[int], rounds: int, only: list[str] | None = None) -> R
                     if fits[key]:
                         times.setdefault(key, []).append(answer["seconds"])
                         memory.setdefault(key, []).append(answer["memory"])
+                        ways |= {key: answer["way"]} if "way" in answer else {}
                         print(f"{length} {key}: {answer['seconds']:.3f} s, {answer['memory']:.0f} MB", file=sys.stderr)
             unfit = [key for key, fine in fits.items() if not fine]
-            found["lengths"][str(length)] = {"seconds": times, "memory": memory, "does_not_fit": unfit}
+            found["lengths"][str(length)] = {"seconds": times, "memory": memory, "does_not_fit": unfit, "ways": ways}
+            if keep is not None:
+                keep(found)
     finally:
         for process in processes.values():
             process.end()
@@ -131,38 +164,52 @@ def markdown(found: Result) -> str:
     """Tables: one for each length."""
     lines: list[str] = []
     for length, part in found["lengths"].items():
-        times = part["seconds"]
-        floor = statistics.median(times["by_hand: forward"]) + statistics.median(times["by_hand: product"])
+        base = {what: statistics.median(part["seconds"][f"by_hand: {what}"]) for what in BASE}
+        ways = {what: part["ways"][f"by_hand: {what}"] for what in BASE if what != "forward"}
+        floor = floor_of(part)
         lines += [
             f"### {int(length):,} tokens",
             "",
-            f"Floor: {floor:.3f} s, of them the forward pass {statistics.median(times['by_hand: forward']):.3f} s and "
-            f"the float32 product {statistics.median(times['by_hand: product']):.3f} s. (The product in bfloat16, "
-            f"whose results are rounded to 8 bits: {statistics.median(times['by_hand: product bfloat16']):.3f} s.)",
+            f"Floor: {floor:.3f} s, of them the forward pass {base['forward']:.3f} s and the float32 product "
+            f"{base['product torch.mm']:.3f} s ({ways['product torch.mm']}). The fastest way known takes "
+            f"{base['product']:.3f} s ({ways['product']}): with that in the floor, every ratio below would be "
+            f"{floor / (base['forward'] + base['product']):.2f} times as large. In bfloat16, whose results are rounded "
+            f"to 8 bits, the product takes {base['product bfloat16']:.3f} s ({ways['product bfloat16']}).",
             "",
-            "| | top 5: time, in floors | memory over the forward pass | all statistics: time, in floors | "
-            "memory over the forward pass | |",
+            "| | top 5: time, in floors | top 5: memory over the forward pass | all statistics: time, in floors | "
+            "all statistics: memory over the forward pass | |",
             "|---|---|---|---|---|---|",
         ]
-        rows = [*OURS.items(), ("by_hand", "the loop that everybody writes")]
-        rows += [(name, title) for name, (title, _, _) in PEERS.items()]
-        for name, title in rows:
+        for name, title in titles():
             cells = [cell for what in ("top", "all") for cell in cells_of(part, f"{name}: {what}", floor)]
             note = PEERS[name][2] if name in PEERS else ""
             lines.append(f"| {title} | {' | '.join(cells)} | {note} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
+
+
+def titles() -> list[tuple[str, str]]:
+    """Name and title of every contestant, in the order of the tables."""
+    return [*OURS.items(), ("by_hand", BY_HAND), *((name, title) for name, (title, _, _) in PEERS.items())]
+
+
+def floor_of(part: Result) -> float:
+    """Seconds of the forward pass and the float32 product as PyTorch computes it, for one length."""
+    return sum(statistics.median(part["seconds"][f"by_hand: {what}"]) for what in ("forward", "product torch.mm"))
 
 
 def cells_of(part: Result, key: str, floor: float) -> list[str]:
     """Time in floors, and memory over the forward pass, of one contestant and case."""
     if key in part["does_not_fit"]:
-        return ["does not fit", "over 14 GiB"]
+        return ["does not fit", "does not fit"]
     if key not in part["seconds"]:
         return ["not offered", ""]
-    forward = statistics.median(part["memory"]["by_hand: forward"])
-    added = statistics.median(part["memory"][key]) - forward
-    return [spread(part["seconds"][key], floor), f"{added:+,.0f} MB"]
+    return [spread(part["seconds"][key], floor), added_memory(part, key)]
+
+
+def added_memory(part: Result, key: str) -> str:
+    """MB over the forward pass."""
+    return f"{statistics.median(part['memory'][key]) - statistics.median(part['memory']['by_hand: forward']):+,.0f} MB"
 
 
 def main() -> None:

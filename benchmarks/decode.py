@@ -1,6 +1,7 @@
 """Decoding alone against the bare product [rows, d] x [d, V] that it needs, for a short prompt and a longer one.
 
-Real rows: all residual sites of a real text on the default model, ready for the head. The cases run in turn.
+Real rows: all residual sites of a real text on the default model, ready for the head. The product is the fastest of
+many ways with `torch.mm`, and the fastest way of all is shown beside it (`floor.py`). The cases run in turn.
 Run: python benchmarks/decode.py [--tokens 6 256 --repeats 5]
 """
 
@@ -14,11 +15,12 @@ from collections.abc import Callable
 import torch
 
 import logitlab as ll
+from floor import Product, fastest
 from logitlab.logits import Head, statistics
 from logitlab.models.capture import capture
 from machine import Result, real_text, spread
 
-WIDTHS = (1024, 2048, 4096)
+FASTEST, PRODUCT = "product, float32, the fastest way known", "product, float32, with `torch.mm`"
 
 
 def measure(lengths: list[int], repeats: int) -> Result:
@@ -41,30 +43,21 @@ def measure(lengths: list[int], repeats: int) -> Result:
                 start = time.perf_counter()
                 case()
                 times.setdefault(name, []).append(time.perf_counter() - start)
-        found[str(length)] = {"rows": x.shape[0] * x.shape[1], "seconds": times}
+        ways = {name: str(case.way) for name, case in cases.items() if isinstance(case, Product)}
+        found[str(length)] = {"rows": x.shape[0] * x.shape[1], "seconds": times, "ways": ways}
     return found
 
 
 def _cases(x: torch.Tensor, head: Head) -> dict[str, Callable[[], object]]:
     flat, target = x.reshape(-1, x.shape[-1]), torch.tensor([7042])
-
-    def product(width: int) -> None:
-        for part in head.weight.detach().split(width):
-            flat @ part.T
-
-    def seconds(width: int) -> float:
-        start = time.perf_counter()
-        product(width)
-        return time.perf_counter() - start
-
-    best = min(WIDTHS, key=lambda width: min(seconds(width) for _ in range(3)))
+    weight = head.weight.detach()
     kinds: dict[str, dict[str, object]] = {
         "top 5": {"entropy": False},
         "top 5, entropy": {},
         "top 5, entropy, KL": {"reference": x[-1]},
         "top 5, entropy, KL, a target's rank": {"reference": x[-1], "targets": target},
     }
-    cases: dict[str, Callable[[], object]] = {"product, float32": lambda: product(best)}
+    cases: dict[str, Callable[[], object]] = {PRODUCT: fastest(flat, weight, ("mm",)), FASTEST: fastest(flat, weight)}
     for precision in ("exact", "screened"):
         for name, options in kinds.items():
             cases[f"{name} ({precision})"] = lambda o=options, p=precision: statistics(x, head, precision=p, **o)  # type: ignore[arg-type]
@@ -82,10 +75,13 @@ def markdown(found: Result) -> str:
         cells: list[str] = []
         for n in lengths:
             times = found[n]["seconds"]
-            floor = stats.median(times["product, float32"])
-            own = f"{floor:.4f} s" if name == "product, float32" else spread(times[name], floor)
+            floor = stats.median(times[PRODUCT])
+            own = f"{floor:.4f} s" if name == PRODUCT else spread(times[name], floor)
             cells.append(own)
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    for n in lengths:
+        told = "; ".join(f"{name}: {way}" for name, way in found[n].get("ways", {}).items())
+        lines += ["", f"Fastest with {int(n):,} tokens: {told}."] if told else []
     return "\n".join(lines)
 
 

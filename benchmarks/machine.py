@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,35 @@ def described() -> Result:
         "vectors": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f} " in f"{flags} "],
         "kernel": None if kernel is None else {"panel": kernel.panel, "bfloat16": kernel.bfloat16},
         "versions": {p: version(p) for p in ("logitlab", "torch", "transformers", "numpy")},
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def words(about: Result) -> Result:
+    """What `described` found, as phrases: the machine, the versions, the commit and the date."""
+    vectors = ", ".join(about["vectors"]) or "no vector extensions that matter here"
+    return {
+        "machine": f"{about['processor']}, {about['cores']} cores ({vectors}), {about['memory']} of memory, "
+        f"{about['threads']} threads",
+        "versions": ", ".join(f"{name} {v}" for name, v in about["versions"].items()),
+        "commit": f"commit {about['commit']}" if about.get("commit") else "commit not recorded",
+        "date": f"measured {about['date']}",
+    }
+
+
+def _commit() -> str | None:
+    """Short hash, and whether what is measured has changes that are not in it; None where there is no git."""
+    folder = Path(__file__).parents[1]
+    measured = ("src", "benchmarks", "pyproject.toml", "constraints.txt")  # results and pages change on the way
+    try:
+        said = [
+            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", *measured))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{said[0]} with local changes" if said[1] else said[0]
 
 
 def _lines(path: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Measure everything and write docs/benchmarks.md; results are kept in docs/benchmarks.json, section by section.
 
+A section is saved when it is done, "compare" after each length: an interruption loses at most that.
 Run: make bench, or python benchmarks/run.py [--only compare decode ...] [--page]
 """
 
@@ -28,16 +29,19 @@ DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "benchmarks.json", DOCS / "benchmarks.md"
 README = DOCS.parent / "README.md"
 
-SECTIONS: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
-    "compare": (lambda: compare.measure([16, 256, 2048], 3), compare.markdown),
-    "decode": (lambda: decode.measure([6, 256], 5), decode.markdown),
-    "profile": (lambda: where_time_goes.measure(256, "exact"), where_time_goes.markdown),
-    "screening": (lambda: screening.measure(4096), screening.markdown),
-    "thresholds": (thresholds.measure, thresholds.markdown),
-    "memory": (lambda: memory.measure([256, 8192]), memory.markdown),
-    "tiles": (tiles.measure, tiles.markdown),
-    "startup": (lambda: startup.measure(5), startup.markdown),
-    "batching": (batching.measure, batching.markdown),
+Keep = Callable[[Any], None]
+"""Takes what a section has found so far."""
+
+SECTIONS: dict[str, tuple[Callable[[Keep], Any], Callable[[Any], str]]] = {
+    "compare": (lambda keep: compare.measure([16, 256, 2048], 3, keep=keep), compare.markdown),
+    "decode": (lambda _: decode.measure([6, 256], 5), decode.markdown),
+    "profile": (lambda _: where_time_goes.measure(256, "exact"), where_time_goes.markdown),
+    "screening": (lambda _: screening.measure(4096), screening.markdown),
+    "thresholds": (lambda _: thresholds.measure(), thresholds.markdown),
+    "memory": (lambda _: memory.measure([256, 8192]), memory.markdown),
+    "tiles": (lambda _: tiles.measure(), tiles.markdown),
+    "startup": (lambda _: startup.measure(5), startup.markdown),
+    "batching": (lambda _: batching.measure(), batching.markdown),
 }
 
 TEXT = """# Benchmarks
@@ -50,22 +54,37 @@ run.
 
 ## Beside others
 
-One run, every contestant in a process and an environment of its own, asked in turn. The floor is the model's own
-forward pass plus the bare float32 product of all rows that a lens decodes (31 sites × tokens) with the head, by plain
-PyTorch and with the fastest of three ways to cut it. "All statistics" are the top 5, entropy, KL divergence from the
-final distribution, and a target's log-probability and rank. Memory is what a case needs at most beyond what the
-forward pass needs. Versions of the peers: `benchmarks/peers/`; how each is called: `benchmarks/contestants/`.
+One run, every contestant in a process and an environment of its own, with the same number of threads and float32
+weights, asked in turn. "All statistics" are the top 5, entropy, KL divergence from the final distribution, and a
+target's log-probability and rank. Versions of the peers: `benchmarks/peers/`; how each is called:
+`benchmarks/contestants/`.
+
+*Floor*: the model's own forward pass, plus the bare float32 product of all rows that a lens decodes (31 sites × tokens)
+with the head, and nothing else. The product is that of `torch.mm`, which `@` and `nn.Linear` call, so it is what a
+hand-written lens would pay at least; many ways to cut and lay it out are tried, and the fastest is taken
+(`benchmarks/floor.py`).
+
+*Memory*: what a case needs at most beyond what the forward pass needs.
+
+*Does not fit*: the case wanted more than 14 GiB of address space beyond what its process had after loading. What is
+limited is address space (`RLIMIT_AS`), since Linux has no such limit on resident memory, so a case that reserves more
+than it touches can be stopped too. There is a limit because all contestants, eight processes, share one machine
+(24 GiB where these numbers were taken): one that took all of its memory would have others killed.
 
 {compare}
 
-How can it be below the floor? PyTorch multiplies float32 matrices with a library that uses half the width of this
-processor's vectors. logitlab's own kernel uses all of it, and never writes the logits down: a lane of a vector is a
-row to decode, and statistics are taken where the product has just left them. See [Speed](speed.md).
+How can it be below the floor? In part because the floor writes every logit to memory, and logitlab's own kernel never
+does: a lane of a vector is a row to decode, and statistics are taken where the product has just left them
+([Speed](speed.md)). But it is a property of this processor, an AMD one, as much as of logitlab. `torch.mm` computes
+float32 products with Intel's MKL, which is slow here. oneDNN, which PyTorch carries too and uses for tensors that are
+converted for it (`to_mkldnn()`), is about twice as fast, and so is logitlab's kernel. The text above each table says
+what the fastest way takes. On other processors, Intel's and Arm's among them, these ratios have **not been measured**.
 
 ## Decoding alone
 
-Without the forward pass: the statistics of rows that are ready for the head, in units of their own product. (With 6
-tokens KL is dear: the final distribution is worked out for 6 rows, and the kernel takes 32 at a time.)
+Without the forward pass: the statistics of rows that are ready for the head, in units of their own product. With 6
+tokens KL adds a large share: the final distribution is worked out for 6 rows, which takes as long as for 32, since the
+kernel takes 32 at a time.
 
 {decode}
 
@@ -100,7 +119,7 @@ How much longer a scan of 992 rows takes with each size than with the best one; 
 The first conversion of a GGUF file (the default model's takes some seconds) happens once; afterwards weights are mapped
 from a safetensors file. The kernel is compiled once too, in about a second.
 
-## Company
+## Batches, shared beginnings and passes {{ #company }}
 
 By how much a prompt's numbers change when other prompts, or other passes, are involved: largest differences over some
 prompts, from a pass of each prompt's own.
@@ -120,48 +139,69 @@ the rate of a bare bfloat16 product."""
 
 def page(results: dict[str, Any]) -> str:
     """The page from the results that there are."""
+    measured = [results[name] for name in SECTIONS if name in results]
+    first = machine.words(measured[0]["machine"] if measured else machine.described())
     parts: dict[str, str] = {}
     for name, (_, markdown) in SECTIONS.items():
-        entry = results.get(name)
-        parts[name] = markdown(entry["found"]) if entry else "*Not measured yet.*"
-    about = next((entry["machine"] for entry in results.values()), machine.described())
-    dates = sorted({entry["machine"]["date"] for entry in results.values()})
-    vectors = ", ".join(about["vectors"]) or "no vector extensions that matter here"
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+        if name not in results:
+            parts[name] = "*Not measured yet.*"
+            continue
+        about = machine.words(results[name]["machine"])
+        other = ", ".join(phrase for key, phrase in about.items() if phrase != first[key])
+        parts[name] = markdown(results[name]["found"]) + (f"\n\n*This section: {other}.*" if other else "")
     text = (
-        f"Machine: {about['processor']}, {about['cores']} cores ({vectors}), {about['memory']} of memory, "
-        f"{about['threads']} threads. {versions}. Measured {' and '.join(dates)}."
+        f"Machine: {first['machine']}. {first['versions']}. {first['date'].capitalize()}, {first['commit']}. Where a "
+        "section was measured otherwise, a line under it says how."
     )
     return TEXT.format(machine=text, command="`python benchmarks/run.py`", gpu=NO_GPU, **parts)
 
 
-def summary(results: dict[str, Any]) -> str:
-    """The few numbers of the README: 256 tokens, 31 sites."""
-    part = results["compare"]["found"]["lengths"]["256"]
-    times = {name: statistics.median(values) for name, values in part["seconds"].items()}
-    memory = {name: statistics.median(values) for name, values in part["memory"].items()}
-    floor = times["by_hand: forward"] + times["by_hand: product"]
+def summary(results: dict[str, Any]) -> str | None:
+    """The few numbers of the README: 256 tokens, 31 sites; None if those have not been measured."""
+    part = results.get("compare", {"found": {"lengths": {}}})["found"]["lengths"].get("256")
+    if part is None:
+        return None
+    floor = compare.floor_of(part)
     lines = [
-        "| 31 layers of 256 tokens; in units of forward pass + float32 product | top 5 | all statistics | memory over "
-        "the forward pass |",
-        "|---|---|---|---|",
+        "| 31 layers of 256 tokens; in units of forward pass + float32 product | top 5 | memory over the forward pass "
+        "| all statistics | memory over the forward pass |",
+        "|---|---|---|---|---|",
     ]
-    names = [*compare.OURS.items(), ("by_hand", "the loop that everybody writes")]
-    names += [(name, title) for name, (title, _, _) in compare.PEERS.items()]
-    for name, title in names:
-        both = [f"{name}: {what}" for what in ("top", "all")]
-        cells = [f"{times[k] / floor:.2f}" if k in times else compare.cells_of(part, k, floor)[0] for k in both]
-        most = max(memory[k] for k in both if k in memory) - memory["by_hand: forward"]
-        lines.append(f"| {title} | {' | '.join(cells)} | {most:+,.0f} MB |")
+    for name, title in compare.titles():
+        cells: list[str] = []
+        for key in (f"{name}: top", f"{name}: all"):
+            if key in part["seconds"] and key not in part["does_not_fit"]:
+                cells.append(f"{statistics.median(part['seconds'][key]) / floor:.2f}")
+                cells.append(compare.added_memory(part, key))
+            else:
+                cells += compare.cells_of(part, key, floor)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+BEFORE, AFTER = "<!-- benchmarks: written by benchmarks/run.py -->\n", "<!-- /benchmarks -->"
+"""What the README's numbers stand between."""
 
 
 def into_readme(text: str) -> None:
     """Put the summary between its marks."""
     readme = README.read_text(encoding="utf-8")
-    before, mark, rest = readme.partition("<!-- benchmarks: written by benchmarks/run.py -->\n")
-    after = rest.partition("<!-- /benchmarks -->")[2]
-    README.write_text(f"{before}{mark}\n{text}\n\n<!-- /benchmarks -->{after}", encoding="utf-8")
+    before, mark, rest = readme.partition(BEFORE)
+    if not mark or AFTER not in rest:
+        raise SystemExit(f"{README} has lost the marks that its numbers stand between: {BEFORE.strip()} and {AFTER}")
+    README.write_text(f"{before}{mark}\n{text}\n\n{AFTER}{rest.partition(AFTER)[2]}", encoding="utf-8")
+
+
+def save(results: dict[str, Any]) -> None:
+    """Write the results, and the page and the README's numbers that are made of them."""
+    whole = json.dumps(results, indent=1) + "\n"
+    part = RESULTS.with_name(RESULTS.name + ".part")
+    part.write_text(whole, encoding="utf-8")
+    part.replace(RESULTS)  # at no time is there half a file
+    PAGE.write_text(page(results), encoding="utf-8")
+    numbers = summary(results)
+    if numbers is not None:
+        into_readme(numbers)
 
 
 def main() -> None:
@@ -174,12 +214,16 @@ def main() -> None:
     for name in [] if options.page else options.only or SECTIONS:
         print(f"-- {name}", file=sys.stderr, flush=True)
         measure, markdown = SECTIONS[name]
-        results[name] = {"machine": machine.described(), "found": measure()}
+        about = machine.described()
+
+        def keep(found: Any, name: str = name, about: dict[str, Any] = about) -> None:
+            results[name] = {"machine": about, "found": found}
+            save(results)
+
+        keep(measure(keep))
         print(markdown(results[name]["found"]), flush=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(results), encoding="utf-8")
-    if "compare" in results:
-        into_readme(summary(results))
+    if options.page:
+        save(results)
 
 
 if __name__ == "__main__":

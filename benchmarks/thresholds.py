@@ -5,6 +5,7 @@ Real rows: 256 tokens at all residual sites. Run: python benchmarks/thresholds.p
 
 from __future__ import annotations
 
+import argparse
 import statistics as stats
 import time
 from typing import Any
@@ -73,6 +74,7 @@ def markdown(found: Result) -> str:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(markdown(measure()))
 
 

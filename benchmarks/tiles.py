@@ -5,6 +5,7 @@ Run: python benchmarks/tiles.py
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -63,6 +64,7 @@ def markdown(found: Result) -> str:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(markdown(measure()))
 
 

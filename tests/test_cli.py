@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 import logitlab as ll
+from logitlab import cli
 from logitlab.cli import main
+from tests.commands import refused
+from tests.views.conftest import build, screened, without
 
 COMMAND = str(Path(sys.executable).with_name("logitlab"))
 HEAVY = ("torch", "transformers", "xarray", "pandas", "pyarrow", "matplotlib", "numpy")
@@ -99,6 +102,117 @@ def test_positions_and_sites(checkpoint: Path, capsys: pytest.CaptureFixture[str
         assert list(dict.fromkeys(c["site"] for c in data["cells"])) == list(reading.sites)
 
 
+def test_the_options_have_the_names_that_the_library_has() -> None:
+    """The command line repeats them, so that its help needs no torch."""
+    from logitlab.logits import PRECISIONS
+    from logitlab.reader import STATISTICS
+
+    assert cli.STATISTICS == STATISTICS
+    assert tuple(cli.Precision) == PRECISIONS
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, {"entropy", "kl"}),
+        ("kl", {"kl"}),
+        ("entropy", {"entropy"}),
+        ("kl, entropy", {"entropy", "kl"}),
+        ("none", set[str]()),
+    ],
+)
+def test_statistics_are_chosen(
+    text: str | None, wanted: set[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "a.parquet"
+    arguments = ["read", "The girl", "-m", str(checkpoint), "-t", "id:40", "--save", str(saved)]
+    arguments += [] if text is None else ["--statistics", text]
+    data = json.loads(output([*arguments, "--json"], capsys))
+    assert set(data["provenance"]["settings"]["statistics"]) == wanted
+    for cell in data["cells"]:
+        assert {"entropy", "kl", "bound"} & set(cell) == wanted
+        assert cell["top"]
+        assert cell["target_rank"]
+    views = [tmp_path / "a.html", tmp_path / "a.svg"]
+    grid = output([*arguments, "--html", str(views[0]), "--figure", str(views[1])], capsys)
+    assert output(["show", str(saved)], capsys) == grid
+    assert all(view.stat().st_size > 1000 for view in views)
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"), [("rank", "rank"), ("entropy,none", "none"), ("entropy,", ""), ("", ""), ("KL", "KL")]
+)
+def test_unknown_statistics_are_refused(text: str, bad: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "read", "x", "--statistics", text)
+    expected = f"--statistics {text!r}: {bad!r} is none of entropy and kl; give one, both as entropy,kl, or none"
+    assert message == expected
+
+
+@pytest.mark.parametrize("precision", [None, "exact", "screened", "auto"])
+def test_precision_is_chosen(precision: str | None, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [] if precision is None else ["--precision", precision]
+    arguments = ["read", "The girl and the sea", "-m", str(checkpoint), *chosen]
+    data = json.loads(output([*arguments, "--json"], capsys))
+    assert data["provenance"]["settings"]["precision"] == (precision or "exact")
+    bounds = [cell.get("bound") for cell in data["cells"]]
+    reading = ll.read(ll.load(checkpoint), "The girl and the sea", precision=precision or "exact")
+    assert bounds == [cell.get("bound") for cell in reading.rows()]
+    assert ("bound" in reading.arrays) == (bounds[0] is not None)
+    assert [c["top_id"] for c in data["cells"]] == [c["top_id"] for c in reading.rows()]
+    assert "screened" not in output(arguments, capsys)  # so few rows are done in full
+
+
+def test_screening_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from logitlab.logits import compiled, native
+
+    library = compiled.library()
+    if library is None or not library.bfloat16:
+        pytest.skip("nothing is screened here: no compiler, or no products of bfloat16")
+    monkeypatch.setattr(native, "SCREENED_ROWS", 1)
+    saved = tmp_path / "a.parquet"
+    arguments = ["read", "The capital of France is", "--precision", "screened", "--save", str(saved)]
+    grid = output(arguments, capsys)
+    bounds = [cell["bound"] for cell in json.loads(output([*arguments, "--json"], capsys))["cells"]]
+    assert 0 < max(bounds) <= 1e-3
+    assert bounds == [cell["bound"] for cell in json.loads(output(["show", str(saved), "--json"], capsys))["cells"]]
+    (stated,) = [line.split()[2] for line in grid.splitlines() if line.startswith("screened: within")]
+    assert max(bounds) <= float(stated) <= 1.1 * max(bounds)
+
+
+def test_an_unknown_precision_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "read", "x", "--precision", "fast")
+    assert message.startswith("Invalid value for '--precision': ")
+    assert "'fast' is not one of 'exact', 'screened', 'auto'" in message
+
+
+def test_json_is_valid_whatever_the_numbers_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reading = screened(build(n_sites=2, n_positions=2, targets=(" Paris",)))
+    arrays = reading.arrays
+    arrays["kl"][0, 0, 0], arrays["entropy"][0, 0, 1] = np.inf, np.nan
+    arrays["top_logprob"][0, 1, 0, 1:], arrays["target_logprob"][0, 1, 0, 0] = np.nan, -np.inf
+    arrays["bound"][0, 1] = [np.inf, np.nan]
+    settings = {"error_bound": np.nan, "max_error": np.inf}
+    odd = ll.Reading(
+        reading.prompts,
+        reading.sites,
+        reading.targets,
+        reading.labels,
+        arrays,
+        {"settings": settings, "model": "\ud800"},
+    )
+    text = output(["show", str(odd.save(tmp_path / "a.parquet")), "--json"], capsys)
+    data = json.loads(text, parse_constant=pytest.fail)
+    cells = data["cells"]
+    assert data["provenance"]["settings"] == {"error_bound": None, "max_error": None}
+    assert cells[0]["kl"] is cells[1]["entropy"] is cells[2]["bound"] is cells[3]["bound"] is None
+    assert cells[2]["top_prob"][1:] == [None] * 4
+    assert cells[2]["target_prob"] == [0.0]
+    assert cells[1]["bound"] == float(arrays["bound"][0, 0, 1]) > 0
+    assert not any("bound" in row for row in without(odd, "bound").rows())
+
+
 def test_files_are_written_and_shown_again(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +234,15 @@ def test_verify_prints_and_gives_json(checkpoint: Path, capsys: pytest.CaptureFi
     assert data["verification"]["tail"]["holds"] is True
     assert data["layers"] == 3
     assert data["vocabulary"] == 300
+
+
+def test_the_json_of_verify_is_valid_too(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: Any = {"tail": {"max_abs_difference": float("inf")}}
+    monkeypatch.setattr(ll.Verification, "as_dict", lambda *_, **__: found)
+    data = json.loads(output(["verify", str(checkpoint), "--json"], capsys), parse_constant=pytest.fail)
+    assert data["verification"]["tail"] == {"max_abs_difference": None}
 
 
 def test_models_lists_the_default(capsys: pytest.CaptureFixture[str]) -> None:

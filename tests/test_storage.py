@@ -22,6 +22,7 @@ from logitlab.files import write_atomically, write_text
 from logitlab.reading import Picture, Prompt, Reading
 from logitlab.storage import _KEY
 from tests import zoo
+from tests.views.conftest import build, screened, without
 
 
 def test_round_trip(llama: ll.Model, tmp_path: Path) -> None:
@@ -101,6 +102,41 @@ def test_a_file_from_before_there_were_pictures(llama: ll.Model, tmp_path: Path)
     old = tmp_path / "old.parquet"
     pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(meta).encode()}), old)
     assert Reading.load(old) == reading
+
+
+@pytest.mark.parametrize("names", [(), ("kl",), ("entropy",)])
+def test_readings_without_all_statistics_survive(llama: ll.Model, tmp_path: Path, names: tuple[str, ...]) -> None:
+    reading = ll.read(llama, [zoo.ids(5), zoo.ids(3)], target=[5], statistics=names)
+    again = Reading.load(reading.save(tmp_path / "r.parquet"))
+    assert again == reading
+    assert set(again.arrays) & {"entropy", "kl"} == set(names)
+    assert list(again.rows()) == list(reading.rows())
+    assert repr(again) == repr(reading)
+
+
+def test_bounds_survive(tmp_path: Path) -> None:
+    reading = screened(build(n_prompts=2, ragged=True))
+    again = Reading.load(reading.save(tmp_path / "r.parquet"))
+    assert again == reading
+    assert again.cell(1, 0, 1).bound == reading.cell(1, 0, 1).bound
+    assert again.bound.identical(reading.bound)
+    assert again != without(reading, "bound")
+    assert np.isnan(again.arrays["bound"][1, 0, -1])
+
+
+def test_a_file_without_statistics_that_came_later(tmp_path: Path) -> None:
+    """The columns of a file say which statistics it has: there is no list that an old file would have to fit."""
+    import pyarrow.parquet as pq
+
+    reading = screened(build(targets=(" Paris",)))
+    table = pq.read_table(reading.save(tmp_path / "new.parquet"))
+    for dropped in (["bound"], ["bound", "entropy", "kl"], ["bound", "entropy", "kl", "target_logprob", "target_rank"]):
+        old = tmp_path / "old.parquet"
+        pq.write_table(table.drop_columns(dropped), old)
+        again = Reading.load(old)
+        assert again == without(reading, *dropped)
+        assert again.cell(0, 0, 1).bound is None
+        assert len(list(again.rows())) == 7 * 6
 
 
 @pytest.mark.parametrize("stored", [[["!", [1, 1]]], [["!", [1], []]], [["!", [1, 1], [[1]]]], [3], [None]])

@@ -1,7 +1,8 @@
 """TransformerLens: `logit_lens` over a cache of the residual stream.
 
-It takes one selector a call, so top tokens and a target's rank are two calls; entropy comes with either. There is no
-KL divergence.
+It takes one selector a call, so top tokens and a target's rank are two calls; entropy comes with either, so with the
+top tokens alone too. There is no KL divergence. The cache is made first, of exactly the hooks that `logit_lens` reads:
+handed a model instead, it would make the same cache, then decode the last layer once more as a check.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ class Contestant:
         """The work of a case."""
         tokens = torch.tensor([ids])
 
+        layers = int(self.model.cfg.n_layers)
+        hooks = [f"blocks.{i}.hook_resid_pre" for i in range(layers)] + [f"blocks.{layers - 1}.hook_resid_post"]
+        options: dict[str, Any] = {"positions": None, "return_type": "log_probs", "chunk_size": CHUNK}
+
+        def cached() -> Any:
+            return self.model.run_with_cache(tokens, names_filter=hooks)[1]
+
         def top() -> object:
-            return logit_lens(self.model, tokens, positions=None, top_k=5, return_type="log_probs", chunk_size=CHUNK)
+            return logit_lens(cached(), top_k=5, **options)
 
         def everything() -> object:
-            options = {"positions": None, "return_type": "log_probs", "chunk_size": CHUNK}
-            _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: "resid" in name)
+            cache = cached()
             return (
                 logit_lens(cache, top_k=5, **options),
                 logit_lens(cache, targets=TARGET, **options),

@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 MOST_MEMORY = 14 * 2**30
-"""Address space beyond what is used after loading: a contestant that wants more does not fit this machine."""
+"""Bytes of address space beyond what is used after loading. A case that wants more "does not fit".
+
+The limit is on address space (RLIMIT_AS), not on resident memory, for which Linux has no such limit: a case that
+reserves more than it touches can be stopped too. It is there because the contestants, eight processes, share one
+machine, and one that took all of its memory would have others killed.
+"""
 
 
 def peak_of(case: Callable[[], object]) -> tuple[float, float]:
@@ -49,20 +54,25 @@ def main() -> None:
     contestant: Any = importlib.import_module(f"contestants.{name}").Contestant(folder)
     soft = _status("VmSize") * 1024 + MOST_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
-    print(json.dumps({"ready": name, "threads": contestant.threads}), file=out, flush=True)
+    model = next((m for n in ("module", "hf_model") if (m := getattr(contestant.model, n, None))), contestant.model)
+    dtypes = sorted({str(p.dtype) for p in model.parameters()})
+    print(json.dumps({"ready": name, "threads": contestant.threads, "dtypes": dtypes}), file=out, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        case = contestant.case(order["what"], order["ids"])
-        if case is None:
-            answer: dict[str, Any] = {"offered": False}
-        else:
-            try:
+        try:
+            case = contestant.case(order["what"], order["ids"])
+            if case is None:
+                answer: dict[str, Any] = {"offered": False}
+            else:
                 seconds, memory = peak_of(case)
                 answer = {"offered": True, "seconds": seconds, "memory": memory}
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "memory" not in str(error):
-                    raise
-                answer = {"offered": True, "does_not_fit": True}
+                if hasattr(case, "way"):
+                    answer["way"] = str(case.way)
+        except Exception as error:
+            no_room = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+            said = f"{type(error).__name__}: {error}"
+            answer = {"offered": True, "does_not_fit": True} if no_room else {"error": said}
+        case = None  # a floor's output goes before the next case is made
         print(json.dumps(answer), file=out, flush=True)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from logitlab.errors import InputError as InputError
     from logitlab.errors import LogitlabError as LogitlabError
     from logitlab.errors import ModelError as ModelError
+    from logitlab.errors import OutOfMemoryError as OutOfMemoryError
     from logitlab.errors import VerificationError as VerificationError
     from logitlab.lenses import Lens as Lens
     from logitlab.lenses import LogitLens as LogitLens
@@ -37,6 +38,7 @@ _HOME = {
     "LogitlabError": "errors",
     "Model": "models.handle",
     "ModelError": "errors",
+    "OutOfMemoryError": "errors",
     "Reading": "reading",
     "Site": "models.sites",
     "Statistics": "logits",
@@ -57,6 +59,7 @@ __all__ = [
     "LogitlabError",
     "Model",
     "ModelError",
+    "OutOfMemoryError",
     "Reading",
     "Site",
     "Statistics",

@@ -50,7 +50,11 @@ app = typer.Typer(
 )
 
 
-class _Precision(StrEnum):
+STATISTICS = ("entropy", "kl")
+"""The names in `logitlab.reader.STATISTICS`, where no torch is imported."""
+
+
+class Precision(StrEnum):
     """The names in `logitlab.logits.PRECISIONS`, where no torch is imported."""
 
     EXACT = "exact"
@@ -156,10 +160,10 @@ def read(
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="Most likely tokens kept in each cell.")] = 5,
     statistics: Annotated[
         str, typer.Option(help="What else to compute in each cell: entropy,kl (the default), one of them, or none.")
-    ] = "entropy,kl",
+    ] = ",".join(STATISTICS),
     precision: Annotated[
-        _Precision, typer.Option(help="exact; screened (to 0.001 nats, quicker); auto (whichever is quicker).")
-    ] = _Precision.EXACT,
+        Precision, typer.Option(help="exact; screened (to 0.001 nats, quicker); auto (whichever is quicker).")
+    ] = Precision.EXACT,
     decoder: Annotated[str | None, typer.Option(help="What an encoder-decoder model has already written.")] = None,
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
     audio: Annotated[Path | None, typer.Option(help="A sound (16-bit WAV, 16,000 samples a second).")] = None,
@@ -315,7 +319,9 @@ def verify(
         "vocabulary": handle.vocab_size,
     }
     if as_json:
-        print(json.dumps({**about, "verification": record.as_dict()}, indent=2))
+        from logitlab.reading import to_json
+
+        print(to_json({**about, "verification": record.as_dict()}, indent=2))
         return
     print(f"{handle.name}: {about['architecture']}, {handle.n_layers} layers of width {handle.width}")
     print(f"  layer stacks   {', '.join(str(s) for s in handle.stacks_described())}")
@@ -483,7 +489,7 @@ def _prompts(text: list[str] | None, file: Path | None, lines: bool) -> list[str
 def _statistics(text: str) -> list[str]:
     """What ``--statistics`` names."""
     names = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
-    bad = next((name for name in names if name not in ("entropy", "kl")), None)
+    bad = next((name for name in names if name not in STATISTICS), None)
     if bad is not None:
         raise InputError(
             f"--statistics {text!r}: {bad!r} is none of entropy and kl; give one, both as entropy,kl, or none"
@@ -677,9 +683,11 @@ def _print_grid(reading: Reading, width: int | None, rows: int | None) -> None:
 
 
 def _print_json(reading: Reading) -> None:
+    from logitlab.reading import to_json
+
     prompts = [{"text": p.text, "ids": p.ids, "tokens": p.tokens, "positions": p.positions} for p in reading.prompts]
     out = sys.stdout
-    out.write(json.dumps({"provenance": dict(reading.provenance), "prompts": prompts})[:-1] + ', "cells": [\n')
+    out.write(to_json({"provenance": reading.provenance, "prompts": prompts})[:-1] + ', "cells": [\n')
     for i, row in enumerate(reading.rows()):
-        out.write(("" if i == 0 else ",\n") + json.dumps(row))
+        out.write(("" if i == 0 else ",\n") + to_json(row))
     out.write("\n]}\n")

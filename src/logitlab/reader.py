@@ -184,7 +184,7 @@ def read(
     continued = shared = False
     for part in _grouped(_checked(model, passes, prompts, chosen)):
         continued |= part.continued
-        shared |= part.continued and any(len({prompts[n].ids for n in owners}) > 1 for owners in part.owners)
+        shared |= part.shared
         with model.exclusive():
             for rows, result in _decoded(model, activations_of(model, part, prompts, chosen), lens, asked):
                 table.put(part, rows, result)
@@ -292,7 +292,7 @@ def _grouped(passes: Iterable[Part]) -> Iterator[Part]:
             yield joined(waiting)
             waiting = []
         waiting.append(part)
-        if sum(p.size for p in waiting) + part.size > GROUP_POSITIONS:  # another like it would be too much
+        if 4 * part.size > 3 * GROUP_POSITIONS:  # large ones are not held while the next pass is run
             del part
             together, waiting = joined(waiting), []
             yield together

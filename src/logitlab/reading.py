@@ -7,6 +7,7 @@ divergences are in nats, ranks count from 1. Raw logits are never part of it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +104,8 @@ class Cell:
         target_probabilities: by target, in the Reading's order.
         target_ranks: by target, from 1.
         box: of a detector's query: centre x, centre y, width and height as fractions of the picture.
+        bound: what screening can have added to the error of any of these numbers, in nats (0 where the cell was
+            computed in full); None if nothing was to be screened.
     """
 
     tokens: tuple[str, ...]
@@ -113,6 +116,7 @@ class Cell:
     target_probabilities: tuple[float, ...]
     target_ranks: tuple[int, ...]
     box: tuple[float, ...] | None = None
+    bound: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +229,7 @@ class Reading:
         import xarray as xr
 
         names = [name for name in UNITS if name in self.arrays]
-        attrs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.provenance.items()}
+        attrs = {k: v if isinstance(v, str) else to_json(v) for k, v in self.provenance.items()}
         return xr.Dataset({name: self._labelled(name) for name in names}, attrs=attrs)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -258,6 +262,7 @@ class Reading:
                         "top_prob": list(cell.probabilities),
                         **({} if cell.entropy is None else {"entropy": cell.entropy}),
                         **({} if cell.kl is None else {"kl": cell.kl}),
+                        **({} if cell.bound is None else {"bound": cell.bound}),
                         "target": [t.token for t in self.targets],
                         "target_prob": list(cell.target_probabilities),
                         "target_rank": list(cell.target_ranks),
@@ -379,6 +384,7 @@ class Reading:
             target_probabilities=tuple(float(np.exp(v)) for v in a["target_logprob"][where]) if targets else (),
             target_ranks=tuple(int(v) for v in a["target_rank"][where]) if targets else (),
             box=tuple(float(v) for v in a["box"][where]) if "box" in a else None,
+            bound=float(a["bound"][where]) if "bound" in a else None,
         )
 
     # -- files and views -----------------------------------------------------------------------
@@ -456,6 +462,23 @@ class Reading:
 
     def _completions(self) -> dict[tuple[int, int], dict[int, str]]:
         return {where: dict(labels) for where, labels in self.completions.items()}
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Plain values as JSON; numbers that are not finite become null, since JSON has no NaN and no infinity."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        pairs: Any = value.items()
+        return {key: _finite(item) for key, item in pairs}
+    if isinstance(value, list | tuple):
+        items: Any = value
+        return [_finite(item) for item in items]
+    return value
 
 
 def _as_list(value: int | Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logitlab as ll
+from logitlab import reader
 from logitlab.errors import OutOfMemoryError
 from logitlab.models import passes
 from logitlab.models.capture import capture
@@ -63,6 +64,7 @@ def proved(model: ll.Model) -> int:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of at most 10 tokens, and 6 common tokens are worth sharing."""
     monkeypatch.setattr(passes, "PASS_TOKENS", 10)
+    monkeypatch.setattr(reader, "PASS_TOKENS", 10)
     monkeypatch.setattr(passes, "SHARED_TOKENS", 6)
 
 
@@ -330,8 +332,6 @@ def test_weights_on_disk_are_read_as_seldom_as_possible(
 
 @pytest.mark.usefixtures("short")
 def test_progress_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logitlab import reader
-
     monkeypatch.setattr(reader, "GROUP_POSITIONS", 10)
     model = fresh("llama")
     told: list[tuple[int, int]] = []
@@ -460,8 +460,6 @@ def test_what_is_shared_is_run_and_decoded_once(monkeypatch: pytest.MonkeyPatch)
     seen = forward_tokens(model, monkeypatch)
     prefix = zoo.ids(9)
     decoded: list[int] = []
-    from logitlab import reader
-
     original = reader.Asked.of
 
     def watched(self: Any, x: torch.Tensor, *args: Any) -> Any:
@@ -547,7 +545,7 @@ def test_the_record_says_what_was_done() -> None:
     llama, mamba = fresh("llama"), fresh("mamba")
     assert record(llama, zoo.ids(37)) == (10, False)
     assert record(llama, zoo.ids(8)) == (None, False)  # whatever an earlier call needed
-    assert record(llama, alike) == (10, True)
+    assert record(llama, alike) == record(llama, alike, positions=-1) == (10, True)
     assert record(llama, alike, share_prefixes=False) == (None, False)
     assert record(llama, [zoo.ids(37), zoo.ids(37)], share_prefixes=False) == (10, False)
     assert record(mamba, alike, share_prefixes=True) == (None, False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,20 @@ def build(
         arrays=arrays,
         provenance=PROVENANCE,
     )
+
+
+def without(reading: Reading, *names: str) -> Reading:
+    """The same Reading as if some statistics had not been asked for."""
+    return replace(reading, arrays={name: values for name, values in reading.arrays.items() if name not in names})
+
+
+def screened(reading: Reading, bounds: Sequence[float] = (0, 3.21e-4, 7e-9)) -> Reading:
+    """The same Reading with bounds, which repeat from cell to cell."""
+    shape = reading.arrays["top_id"].shape[:3]
+    bound = np.resize(np.array(bounds, dtype=np.float32), shape)
+    for n, prompt in enumerate(reading.prompts):
+        bound[n, :, len(prompt.positions) :] = np.nan
+    return replace(reading, arrays={**reading.arrays, "bound": bound})
 
 
 ANIMALS = ("tabby, tabby cat", "dog", "grass", "sky", "tree", "ball", "car", "house", "road", "bird")

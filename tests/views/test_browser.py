@@ -7,11 +7,13 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from logitlab.views import colour
 from logitlab.views.page import embedded, page
 from logitlab.views.tokens import visible
+from tests.views.conftest import screened, without
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -134,6 +136,49 @@ def test_reading_with_mouse_and_keyboard(make_reading, opened):
         '[["0","4"],"#cell=0,4&pin=2","Position 2 ·the over the sites"]',
         '["#cell=0,4&pin=2&colour=kl&theme=dark","dark","0"]',
     ]
+
+
+DETAILS = """
+  const facts = () => [...document.querySelectorAll("#detail dt")]
+    .map((n) => [n.textContent, n.nextSibling.textContent]);
+  const over = (s, p) => document.querySelector(`.cell[data-s="${s}"][data-p="${p}"]`)
+    .dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+  const shades = () => [...document.querySelectorAll("#colour option")].map((n) => n.value);
+  const charts = () => [...document.querySelectorAll("#charts h3")].map((n) => n.textContent);
+"""
+
+
+def test_a_page_without_entropy_and_divergence(make_reading, opened):
+    reading = make_reading(n_prompts=2, n_sites=4, n_positions=3, targets=(" Paris",))
+    for absent in (("entropy", "kl"), ("entropy",), ("kl",)):
+        script = f"""{DETAILS}
+          say(shades()); say(charts()); over(2, 1); say(facts());
+          say(document.getElementById("colour").value);
+        """
+        document = opened(driven(page(without(reading, *absent)), script), "#prompt=1&colour=" + absent[-1])
+        lines = [json.loads(line) for line in seen(document)]
+        there = [name for name in ("entropy", "kl") if name not in absent]
+        cell = reading.cell(1, 2, 1)
+        titles = {"entropy": "entropy", "kl": "KL to the final distribution"}
+        assert lines[0] == ["top", *there, "p0", "r0"]
+        assert lines[1] == ["probability", "rank", *(["entropy, nats"] if "entropy" in there else [])]
+        *facts, (label, rank) = lines[2]
+        assert facts == [[titles[name], f"{getattr(cell, name):.3f} nats"] for name in there]
+        assert label == "·Paris"
+        assert rank.startswith(f"rank {cell.target_ranks[0]}, ")
+        assert lines[3] == "top"  # the address asks for a shade that is not there
+        assert len(cells(document)) == 12
+
+
+def test_a_cell_says_how_far_off_screening_can_have_put_it(make_reading, opened):
+    reading = screened(make_reading(n_sites=4, n_positions=4), (0, 3.21e-4, 7.04e-9, np.nan))
+    script = f"{DETAILS} say(shades()); for (const p of [0, 1, 2, 3]) {{ over(2, p); say(facts().slice(2)); }}"
+    lines = [json.loads(line) for line in seen(opened(driven(page(reading), script)))]
+    assert lines[0] == ["top", "entropy", "kl"]
+    said = ["0 (done in full)", "3.3e-4 nats", "7.1e-9 nats", "–"]
+    assert lines[1:] == [[["screening: off by at most", text]] for text in said]
+    plain = opened(driven(page(make_reading(n_sites=4, n_positions=4)), f"{DETAILS} say(facts().length);"))
+    assert seen(plain) == ["2"]
 
 
 def test_long_prompts_draw_only_what_is_in_view(make_reading, opened):

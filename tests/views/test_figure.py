@@ -10,6 +10,7 @@ import pytest
 from logitlab.errors import InputError
 from logitlab.views.figure import figure, save_figure
 from logitlab.views.tokens import visible
+from tests.views.conftest import screened, without
 
 
 def test_cells_hold_the_top_tokens(make_reading):
@@ -65,6 +66,13 @@ def test_many_cells_have_no_text(make_reading, tmp_path):
     assert len(high.get_yticks()) <= 60
     save_figure(make_reading(n_sites=31, n_positions=1024), tmp_path / "long.svg")
     assert (tmp_path / "long.svg").stat().st_size < 1_000_000
+
+
+def test_other_statistics_change_nothing(make_reading, make_seen, make_detected, tmp_path):
+    for reading in (make_reading(n_sites=4, targets=(" Paris",)), make_seen(targets=(1,)), make_detected()):
+        first = save_figure(reading, tmp_path / "a.svg").read_text()
+        assert save_figure(without(reading, "entropy", "kl"), tmp_path / "b.svg").read_text() == first
+        assert save_figure(screened(reading), tmp_path / "c.svg").read_text() == first
 
 
 def test_one_cell(make_reading, tmp_path):

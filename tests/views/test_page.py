@@ -11,6 +11,7 @@ import pytest
 
 from logitlab.views.page import SCALE, embedded, page, page_data
 from logitlab.views.tokens import visible
+from tests.views.conftest import screened, without
 
 
 def held(text):
@@ -111,6 +112,32 @@ def test_missing_and_infinite_values(make_reading):
     assert prompt["logprob"][9] == prompt["kl"][0] == 10**8
     assert prompt["kl"][1] == 0
     assert prompt["entropy"][0] == -1
+
+
+def test_only_what_was_asked_for_is_held(make_reading):
+    reading = make_reading(n_prompts=2, targets=(" Paris",))
+    for absent in (("entropy",), ("kl",), ("entropy", "kl")):
+        for prompt, whole in zip(
+            held(page(without(reading, *absent)))["prompts"], held(page(reading))["prompts"], strict=True
+        ):
+            assert prompt == {name: values for name, values in whole.items() if name not in absent}
+            assert "bound" not in prompt
+
+
+def test_bounds_are_held_and_never_too_small(make_reading):
+    reading = screened(make_reading(n_prompts=2, ragged=True), (0, 3.21e-4, 7.04e-9, np.nan, np.inf))
+    for n, prompt in enumerate(held(page(reading))["prompts"]):
+        bound = reading.arrays["bound"][n, :, : len(prompt["positions"])].ravel()
+        assert len(prompt["bound"]) == bound.size
+        for found, true in zip(prompt["bound"], bound.tolist(), strict=True):
+            if np.isnan(true):
+                assert found == -1
+            elif np.isinf(true):
+                assert found == 10**8
+            else:
+                assert true * (1 - 1e-6) <= found <= true * 1.1
+                assert float(f"{found:.1e}") == found
+    assert {0, 3.3e-4, 7.1e-9} <= set(held(page(reading))["prompts"][0]["bound"])
 
 
 def test_empty_selection(make_reading):

@@ -12,7 +12,8 @@ from rich.console import Console
 from logitlab.errors import InputError
 from logitlab.views import colour
 from logitlab.views.terminal import grid, grid_text
-from logitlab.views.tokens import percent, site_names, visible
+from logitlab.views.tokens import percent, rounded_up, site_names, visible
+from tests.views.conftest import screened, without
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,44 @@ def test_completions_replace_labels(make_reading):
     reading = make_reading(n_sites=2, n_positions=2)
     token = int(reading.arrays["top_id"][0, 1, 1, 0])
     assert "é!" in grid_text(replace(reading, completions={(0, 1): {token: "é!"}}))
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"),
+    [
+        (1e-3, 1e-3),
+        (float(np.float32(1e-3)), 1e-3),
+        (1.04e-3, 1.1e-3),
+        (1.06e-3, 1.1e-3),
+        (9.94e-5, 1e-4),
+        (9.96e-5, 1e-4),
+        (3.2e-9, 3.2e-9),
+        (3.21e-9, 3.3e-9),
+        (0.0, 0.0),
+        (np.inf, np.inf),
+    ],
+)
+def test_bounds_are_rounded_up(bound, shown):
+    assert rounded_up(bound) == shown
+
+
+def test_a_screened_reading_says_so(make_reading):
+    plain = make_reading(n_prompts=2, n_sites=3, n_positions=4, ragged=True)
+    note = "screened: within 3.3e-04 nats of what it would be in full"
+    assert note in grid_text(screened(plain))
+    assert grid_text(screened(plain)).replace(note + "\n", "") == grid_text(plain)
+
+
+@pytest.mark.parametrize("bounds", [[0], [np.nan], [0, np.nan]])
+def test_nothing_is_said_where_nothing_was_screened(make_reading, bounds):
+    plain = make_reading(n_sites=3, n_positions=4)
+    assert grid_text(screened(plain, bounds)) == grid_text(plain)
+    assert "screened" not in grid_text(screened(plain).at(position=[]))
+
+
+def test_the_grid_does_without_entropy_and_kl(make_reading, make_seen, make_detected):
+    for reading in (make_reading(targets=(" Paris",)), make_seen(targets=(1,)), make_detected()):
+        assert grid_text(without(reading, "entropy", "kl")) == grid_text(reading)
 
 
 def table(text):

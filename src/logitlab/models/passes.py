@@ -49,6 +49,7 @@ class Part:
         answers: what the model went on with at the last kept position of each sequence that has one; None
             where that has another form.
         continued: whether it is a piece of prompts, with what came before it in the model's cache.
+        shared: whether other prompts have gone on from the same beginning.
     """
 
     owners: tuple[tuple[int, ...], ...]
@@ -56,6 +57,7 @@ class Part:
     kept: dict[Key, torch.Tensor]
     answers: torch.Tensor | None
     continued: bool = False
+    shared: bool = False
 
     @property
     def size(self) -> int:
@@ -69,8 +71,8 @@ def joined(some: Sequence[Part]) -> Part:
         {key: torch.cat([part.kept[key] for part in some]) for key in some[0].kept} if len(some) > 1 else some[0].kept
     )
     owners = tuple(o for part in some for o in part.owners)
-    continued = any(part.continued for part in some)
-    return Part(owners, tuple(p for part in some for p in part.positions), kept, None, continued)
+    continued, shared = any(part.continued for part in some), any(part.shared for part in some)
+    return Part(owners, tuple(p for part in some for p in part.positions), kept, None, continued, shared)
 
 
 def shares(model: Model) -> bool:
@@ -283,7 +285,7 @@ def _continued(
                 changed += root.owners
                 return
             cache = found.cache
-            part = Part((run.owners,), (tuple(wanted),), found.kept, found.answers, continued=True)
+            part = Part((run.owners,), (tuple(wanted),), found.kept, found.answers, True, bool(root.after))
             del found  # what is not held here can be freed while the next piece is run
             _trim()
             if wanted:

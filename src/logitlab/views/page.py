@@ -2,7 +2,8 @@
 
 The page holds the table as JSON in a script element that does not run. Numbers are packed as
 integers, in ten-thousandths of a nat: negative log-probabilities, entropies and divergences
-keep four digits in a few characters; -1 stands for a missing value. Pictures are held in base64.
+keep four digits in a few characters; -1 stands for a missing value. The bounds of a screened reading are far
+smaller: they stay as numbers, with two digits, rounded up. Pictures are held in base64.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from logitlab.reading import Picture, Reading
 from logitlab.views import colour, pictures
-from logitlab.views.tokens import label_space, lens_name, model_name, noun, site_names, verified, visible
+from logitlab.views.tokens import label_space, lens_name, model_name, noun, rounded_up, site_names, verified, visible
 
 SCALE = 10_000
 """Stored integers per nat."""
@@ -129,6 +130,8 @@ def _prompt(reading: Reading, n: int, table: _Labels) -> dict[str, Any]:
     for name in ("entropy", "kl"):
         if name in arrays:
             held[name] = _packed(arrays[name][n, :, :length])
+    if "bound" in arrays:
+        held["bound"] = _rounded_up(arrays["bound"][n, :, :length])
     if reading.targets:
         held["targetLogprob"] = _packed(-arrays["target_logprob"][n, :, :length])
         held["targetRank"] = arrays["target_rank"][n, :, :length].ravel().tolist()
@@ -165,6 +168,12 @@ def _packed(values: NDArray[Any]) -> list[int]:
     scaled = np.nan_to_num(values.astype(np.float64) * SCALE, nan=-np.inf, posinf=_LARGEST)
     rounded = np.where(np.isneginf(scaled), -1, np.rint(scaled).clip(0, _LARGEST))
     return rounded.astype(np.int64).ravel().tolist()
+
+
+def _rounded_up(bounds: NDArray[Any]) -> list[float]:
+    """Bounds with two digits; zeros as integers, since they are many and shorter."""
+    known = np.nan_to_num(bounds.astype(np.float64), nan=-1, posinf=_LARGEST).clip(max=_LARGEST)
+    return [rounded_up(value) if value > 0 else int(value) for value in known.ravel().tolist()]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -24,12 +24,13 @@ from logitlab.reading import Picture, Reading
 from logitlab.views import colour, pictures
 from logitlab.views.tokens import (
     cell_label,
-    error_bound,
     label_space,
+    largest_bound,
     lens_name,
     model_name,
     noun,
     percent,
+    rounded_up,
     site_names,
     verified,
     visible,
@@ -341,8 +342,8 @@ class _Grid:
 
     def _notes(self, what: str) -> Iterator[str]:
         reading = self.reading
-        if "bound" in reading.arrays:
-            yield f"screened: within {error_bound(reading):.1e} nats of what it would be in full"
+        if (bound := largest_bound(reading)) > 0:
+            yield f"screened: within {rounded_up(bound):.1e} nats of what it would be in full"
         if pictures.is_detector(reading):
             yield f"p: probability of a query's best class other than {pictures.NO_OBJECT}"
             yield "q: number of the query; x y w h: centre, width and height of its box as fractions of the picture"

@@ -133,9 +133,17 @@ def percent(probability: float) -> str:
     return ">99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
 
 
-def error_bound(reading: Reading) -> float:
-    """The most that screening can have added to the error of any cell, in nats."""
+def largest_bound(reading: Reading) -> float:
+    """The most that screening can have added to the error of any cell, in nats; 0 where nothing was screened."""
     import numpy as np
 
-    found = reading.arrays["bound"]
-    return float(np.nanmax(found)) if found.size else 0.0
+    return float(np.nanmax(reading.arrays["bound"], initial=0.0)) if "bound" in reading.arrays else 0.0
+
+
+def rounded_up(value: float) -> float:
+    """A bound with two significant digits, never smaller than it is (beyond what float32 can hold)."""
+    if not (math.isfinite(value) and value > 0):
+        return value
+    nearest = float(f"{value:.1e}")
+    half = 0.5 * 10.0 ** (math.floor(math.log10(value)) - 1)
+    return nearest if nearest >= value * (1 - 1e-6) else float(f"{value + half:.1e}")
