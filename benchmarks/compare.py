@@ -104,9 +104,12 @@ def check_alike(processes: list[Process]) -> None:
 
 
 def measure(
-    lengths: list[int], rounds: int, only: list[str] | None = None, keep: Callable[[Result], None] | None = None
+    lengths: list[int], rounds: list[int], only: list[str] | None = None, keep: Callable[[Result], None] | None = None
 ) -> Result:
-    """Run everything; seconds and MB of every round. What there is so far is given to `keep` after each length."""
+    """Run everything, each length so many rounds; seconds and MB of every round.
+
+    What there is so far is given to `keep` after each length.
+    """
     from logitlab.models.cache import default_gguf
     from logitlab.models.gguf import converted
 
@@ -126,7 +129,7 @@ def measure(
             processes[n] = Process(n, pythons[n], folder)
         check_alike(list(processes.values()))
         found["threads"] = {n: p.threads for n, p in processes.items()}
-        for length in lengths:
+        for length, count in zip(lengths, rounds, strict=True):
             ids = tokens[1000 : 1000 + length]
             times: dict[str, list[float]] = {}
             memory: dict[str, list[float]] = {}
@@ -136,7 +139,7 @@ def measure(
             cases += [(n, what) for what in ("top", "all") for n in names if n != "by_hand"]
             for n, what in cases:  # what is only done once (weights paged in, kernels chosen) is not counted
                 processes[n].ask(what, ids[:6])
-            for r in range(rounds):
+            for r in range(count):
                 for n, what in cases[r % len(cases) :] + cases[: r % len(cases)]:
                     key = f"{n}: {what}"
                     if fits.get(key) is False:
@@ -219,7 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="contestants, besides what is done by hand")
     options: Any = parser.parse_args()
-    print(markdown(measure(options.lengths, options.rounds, options.only)))
+    print(markdown(measure(options.lengths, [options.rounds] * len(options.lengths), options.only)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ Keep = Callable[[Any], None]
 """Takes what a section has found so far."""
 
 SECTIONS: dict[str, tuple[Callable[[Keep], Any], Callable[[Any], str]]] = {
-    "compare": (lambda keep: compare.measure([16, 256, 2048], 3, keep=keep), compare.markdown),
+    "compare": (lambda keep: compare.measure([16, 256, 2048], [3, 3, 2], keep=keep), compare.markdown),
     "decode": (lambda _: decode.measure([6, 256], 5), decode.markdown),
     "profile": (lambda _: where_time_goes.measure(256, "exact"), where_time_goes.markdown),
     "screening": (lambda _: screening.measure(4096), screening.markdown),

@@ -15,6 +15,10 @@ class ModelError(LogitlabError, ValueError):
     """A model cannot be loaded, or has no part that logitlab can read."""
 
 
+class KernelError(LogitlabError):
+    """A kernel cannot be compiled or started on this GPU."""
+
+
 class OutOfMemoryError(LogitlabError):
     """There is not enough memory for a forward pass."""
 

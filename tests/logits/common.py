@@ -20,8 +20,8 @@ def random_rows(*shape: int, seed: int = 1, size: float = 1.0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
-def assert_same(fast: Statistics, exact: Statistics, tolerance: float = 1e-5) -> None:
-    """Ids and ranks are equal, everything else agrees to ``tolerance`` nats."""
+def assert_same(fast: Statistics, exact: Statistics, tolerance: float = 1e-5, *, equal_nan: bool = False) -> None:
+    """Ids and ranks are equal, everything else agrees to ``tolerance`` nats; NaN with NaN only if that is said."""
     assert torch.equal(fast.top_ids, exact.top_ids)
     assert (fast.target_rank is None) == (exact.target_rank is None)
     if exact.target_rank is not None:
@@ -31,7 +31,9 @@ def assert_same(fast: Statistics, exact: Statistics, tolerance: float = 1e-5) ->
         a, b = getattr(fast, name), getattr(exact, name)
         assert (a is None) == (b is None), name
         if b is not None:
-            torch.testing.assert_close(a, b, atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                a, b, atol=tolerance, rtol=0, equal_nan=equal_nan, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def both(backend: str, x: torch.Tensor, source: Head | LogitSource, **options: Any) -> tuple[Statistics, Statistics]:

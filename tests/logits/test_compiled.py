@@ -148,6 +148,139 @@ def test_a_library_that_others_can_write_is_not_loaded(tmp_path: Path) -> None:
     assert "can be written by others" in str(compiled.reason())
 
 
+def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    """They could put a library of theirs there."""
+    folder = tmp_path / "cache" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert compiled.library() is None
+    assert f"{folder} can be written by others; remove it, or take that away (chmod go-w)" in str(compiled.reason())
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert compiled.library() is None
+    assert "native belongs to another user; remove it, or set LOGITLAB_CACHE" in str(compiled.reason())
+
+
+def test_its_folder_is_the_users_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        lib = compiled.library()
+    finally:
+        os.umask(before)
+    assert lib is not None
+    assert lib.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "something else"])
+def test_a_spoilt_library_is_made_again(how: str, tmp_path: Path) -> None:
+    """A crash leaves such files. (In processes of their own: loading one could end this one.)"""
+    code = "from logitlab.logits.compiled import library, reason; print(library() is not None, reason())"
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "True None\n"
+    (path,) = built(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes({"cut off": whole[:5000], "empty": b"", "something else": b"no library at all"}[how])
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "True None\n"
+    assert built(tmp_path) == [path]
+    assert path.read_bytes() == whole
+
+
+def test_a_library_that_does_not_load_is_made_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is whole, but needs what is not there any more."""
+    loads: list[Path] = []
+    original = compiled._load
+
+    def fails_once(path: Path) -> compiled.Library:
+        loads.append(path)
+        if len(loads) == 1:
+            raise OSError("libc.so.7: cannot open shared object file")
+        return original(path)
+
+    monkeypatch.setattr(compiled, "_load", fails_once)
+    made: list[object] = []
+    run = subprocess.run
+
+    def watched(*args: object, **options: object) -> object:
+        made.append(args)
+        return run(*args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", watched)
+    assert compiled.library() is not None
+    assert len(loads) == len(made) == 2
+
+
+def test_it_is_said_that_there_is_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without(monkeypatch, tmp_path, "no compiler")
+    with caplog.at_level("WARNING", logger="logitlab"):
+        for _ in range(3):
+            compiled.library()
+    assert len(caplog.records) == 1
+    assert "PyTorch alone is used, which is slower (there is no C compiler" in caplog.text
+
+
+def test_doing_without_on_purpose_is_not_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without(monkeypatch, tmp_path, "switched off")
+    with caplog.at_level("WARNING", logger="logitlab"):
+        assert compiled.library() is None
+    assert not caplog.records
+
+
+def test_a_compiler_with_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ccache gcc`, `env gcc`, `gcc -m64`: the way in which build tools take CC."""
+    compiler = compiled._compiler()
+    assert compiler is not None
+    paths: list[Path] = []
+    for named in (compiler[0], f"env {compiler[0]}", f"env '{compiler[0]}' -DNOTHING"):
+        monkeypatch.setenv("CC", named)
+        compiled._found.cache_clear()
+        lib = compiled.library()
+        assert lib is not None, compiled.reason()
+        paths.append(lib.path)
+    assert len(set(paths)) == 3
+
+
+@pytest.mark.parametrize("named", ["gcc 'unfinished", " "])
+def test_a_compiler_that_is_no_name(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", named)
+    lib = compiled.library()
+    assert (lib is not None) == (named == " ")
+    assert lib is not None or "No closing quotation" in str(compiled.reason())
+
+
+def test_a_compiler_that_speaks_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "cc"
+    script.write_bytes(b"#!/bin/sh\nprintf 'verr\\374ckt' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    assert compiled.library() is None
+    assert "verr\ufffdckt" in str(compiled.reason())
+
+
+def test_processors_of_a_mac_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no /proc, and `platform` says "arm" of all of them."""
+    monkeypatch.setattr(compiled.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(compiled.platform, "processor", lambda: "arm")
+    names = iter(["Apple M1\n", "Apple M4\n"])
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 0, stdout=next(names))
+    )
+
+    def none(self: Path, *args: object, **options: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "open", none)
+    first, second = compiled._processor(), compiled._processor()
+    assert "Apple M1" in first
+    assert "Apple M4" in second
+
+
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "ABI", compiled.ABI + 1)
     assert compiled.library() is None

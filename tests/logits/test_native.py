@@ -63,11 +63,12 @@ def scanned(
     width=st.integers(1, 40),
     seed=st.integers(0, 10_000),
     filtered=st.booleans(),
+    softcap=st.sampled_from([None, 5.0]),
 )
 def test_any_tile_and_any_split_gives_the_same(
-    tile: int, slices: int, groups: int, positions: int, width: int, seed: int, filtered: bool
+    tile: int, slices: int, groups: int, positions: int, width: int, seed: int, filtered: bool, softcap: float | None
 ) -> None:
-    head = random_head(601, width, seed)
+    head = random_head(601, width, seed, softcap=softcap)  # behind a cap, KL is summed column by column
     x = random_rows(groups, positions, width, seed=seed + 1, size=8 / width**0.5)
     targets = torch.tensor([0, 300, 600])
     allowed = torch.arange(601) % 3 != 1 if filtered else None
@@ -77,19 +78,26 @@ def test_any_tile_and_any_split_gives_the_same(
     assert_same(found, exact)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
-    """Each piece of work is summed by one thread in one order, so threads only change who does it."""
-    head, x = random_head(3000, 48), random_rows(7, 33, 48)
+def test_any_number_of_threads_gives_the_same_bits_of_one_cut(threads: int, softcap: float | None) -> None:
+    """Each piece of work is summed by one thread in one order, so threads only change who does it.
+
+    By default they also change the cut, and then sums are the same up to rounding.
+    """
+    head, x = random_head(3000, 48, softcap=softcap), random_rows(7, 33, 48)
     before = torch.get_num_threads()
     whole = scanned(head, x, targets=torch.tensor([5]), slices=4)
+    default = statistics(x, head, targets=torch.tensor([5]), reference=x[0], top_k=4, backend="native")
     try:
         torch.set_num_threads(threads)
         found = scanned(head, x, targets=torch.tensor([5]), slices=4)
+        default_found = statistics(x, head, targets=torch.tensor([5]), reference=x[0], top_k=4, backend="native")
     finally:
         torch.set_num_threads(before)
     for name in ("top_ids", *NAMES, "target_rank"):
         assert torch.equal(getattr(found, name), getattr(whole, name)), name
+    assert_same(default_found, default, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 63, 191, 192, 193, 287, 288, 289, 1000])
@@ -131,9 +139,10 @@ def test_a_plan_has_every_row_once(places: list[int], most: int, panel: int) -> 
     assert set(counted) >= set(places)
 
 
-def test_rows_of_any_order_find_their_reference() -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_of_any_order_find_their_reference(softcap: float | None) -> None:
     """Rows that are done again after screening come in no regular order."""
-    head, x = random_head(800, 32), random_rows(5, 40, 32, size=2)
+    head, x = random_head(800, 32, softcap=softcap), random_rows(5, 40, 32, size=2)
     rows = native.NativeRows(x[0], head)
     base = Base.of(rows, native.scan(rows, Request(BASE, 800)))
     some = torch.tensor([199, 3, 44, 41, 3, 160, 77, 0])
@@ -221,6 +230,106 @@ def test_shorter_vectors(other_build: int) -> None:
     half = Head(random_head(500, 33).weight.bfloat16())
     x = random_rows(3, 9, 33).bfloat16()
     assert_same(*both("native", x, half, targets=torch.tensor([7]), reference=x[2]))
+
+
+def test_half_precision_with_shorter_vectors(other_build: int) -> None:
+    """Every number there is, as rows of 2 whole vectors and a rest."""
+    bits = torch.arange(65_536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    d = 2 * other_build + 3
+    head = Head(bits.where(torch.isfinite(bits), 0.0).unsqueeze(1).repeat(1, d).half())
+    x = torch.zeros(1, d, d)
+    x[0] = torch.eye(d) * 2.0**20
+    torch.set_flush_denormal(True)
+    try:
+        ids = torch.tensor([[1, 513, 1023, 1024, 32_769, 60_000]]).repeat(d, 1)
+        single = native.NativeRows(x[0], head).at_all(ids)
+        s = statistics(x, head, targets=ids[0], backend="native")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(single, head.weight[ids[0], 0].double().mul(2.0**20).repeat(d, 1))
+    exact = statistics(x, head, targets=ids[0], backend="reference")
+    assert torch.equal(s.top_ids, exact.top_ids)
+    assert s.target_rank is not None
+    assert exact.target_rank is not None
+    assert torch.equal(s.target_rank, exact.target_rank)
+
+
+def test_no_number_is_made_of_none_with_shorter_vectors(other_build: int) -> None:
+    x = random_rows(2, 40, 45)
+    x[1, 7, 3] = torch.nan
+    for softcap in (None, 5.0):
+        found, exact = both(
+            "native", x, random_head(777, 45, softcap=softcap), targets=torch.tensor([7]), reference=x[0]
+        )
+        assert bool(torch.isnan(found.logsumexp[1, 7]))
+        assert int(torch.isnan(found.logsumexp).sum()) == 1
+        assert_same(found, exact, equal_nan=True)
+
+
+# -- how far a float32 logit can be off --------------------------------------------------------
+
+
+def test_rounding_that_always_goes_the_same_way() -> None:
+    """Every addend is lost beside the first: no random walk. Only the worst case covers that."""
+    d = 200
+    x, weight = torch.ones(1, 40, d), torch.zeros(3000, d)
+    x[..., 0] = 65_536.0
+    weight[0, 0], weight[0, 1:] = 1.0, 0.0038
+    weight[1, 0], weight[1, 1] = 1.0, 0.5
+    for precision in ("exact", "screened"):
+        s = statistics(x, Head(weight), targets=torch.tensor([1]), backend="native", precision=precision)
+        assert s.target_rank is not None
+        assert s.target_rank.flatten().tolist() == [2] * 40
+        assert s.top_ids[0, 0, :2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("d", [1, 2, 40, 200, 287, 288, 1000, 4097])
+def test_the_bound_covers_what_is_lost(d: int, narrow: bool) -> None:
+    """Addends just below half of the first one's last digit, in the order in which they are summed."""
+    dtype = torch.bfloat16 if narrow else torch.float32
+    small = 0.0038 if not narrow else float(torch.tensor(0.0038).bfloat16())
+    x, weight = torch.ones(33, d), torch.full((60, d), small)
+    x[:, 0], weight[:, 0] = 65_536.0, 1.0
+    rows = native.NativeRows(x.to(dtype), Head(weight.to(dtype)))
+    partial = native.scan(rows, Request(5, 60))
+    exact = rows.at_all(torch.zeros(33, 1, dtype=torch.int64))
+    lost = (partial.max.double().unsqueeze(1) - exact).abs()
+    assert bool((lost <= rows.bound).all())
+    assert d < 40 or float(lost.max()) > float(rows.bound.max()) / 50  # the case is near the worst one
+
+
+def test_ids_beyond_the_head_are_refused() -> None:
+    """A part of a head has columns of its own; ids of the whole would be read from behind it."""
+    rows = native.NativeRows(random_rows(3, 16), random_head(50, 16))
+    for wrong in (50, -1):
+        with pytest.raises(IndexError, match=f"column {wrong} is not in the head, which has columns 0 to 49"):
+            rows.at_all(torch.tensor([[0, wrong]] * 3))
+    with pytest.raises(IndexError, match="column 120 is not in the head"):
+        native.scan(rows, Request(5, 50, torch.full((3, 1), 120)), first=100)
+
+
+def test_norms_are_the_kernels_own() -> None:
+    """They are rounded up, whatever PyTorch has measured of the same head before."""
+    head = random_head(3000, 576)
+    assert head.row_sizes.shape == (3000,)
+    rows = native.NativeRows(random_rows(2, 576), head)
+    assert bool((rows.size.double() >= head.weight.double().norm(dim=1)).all())
+    assert torch.equal(rows.size, native.NativeRows(rows.x, random_head(3000, 576)).size)
+
+
+def test_a_row_that_was_given_up_is_never_finished() -> None:
+    """Whatever error is allowed: its numbers mean nothing."""
+    head, x = random_head(300, 16), random_rows(20, 16)
+    rows, request = native.NativeRows(x, head), Request(5, 300, precision="screened", max_error=torch.inf)
+    found = conclude(native.scan(rows, request), rows, head, request)
+    right = found.logsumexp.clone()
+    found.bound = torch.full((20,), 0.5, dtype=torch.float64)
+    for i, value in ((3, torch.inf), (7, torch.nan)):
+        found.bound[i], found.logsumexp[i] = value, 99.0
+    native._redo(found, rows, request, None, torch.arange(20))
+    torch.testing.assert_close(found.logsumexp, right, atol=1e-9, rtol=0)
+    assert found.bound.tolist() == [0.0 if i in (3, 7) else 0.5 for i in range(20)]
 
 
 def test_screening_needs_bfloat16_products(other_build: int) -> None:
@@ -318,11 +427,12 @@ def test_a_screened_statistic_is_within_its_bound(size: float, options: dict[str
     positions=st.integers(1, 40),
     seed=st.integers(0, 10_000),
     size=st.floats(0.01, 10),
+    softcap=st.sampled_from([None, 5.0]),
 )
 def test_any_split_of_a_screened_pass(
-    tile: int, slices: int, groups: int, positions: int, seed: int, size: float
+    tile: int, slices: int, groups: int, positions: int, seed: int, size: float, softcap: float | None
 ) -> None:
-    head = random_head(1500, 24, seed)
+    head = random_head(1500, 24, seed, softcap=softcap)
     x = random_rows(groups, positions, 24, seed=seed + 1, size=size)
     targets = torch.tensor([0, 300, 1499])
     exact = statistics(x, head, top_k=4, targets=targets, reference=x[0], backend="reference")
@@ -406,6 +516,75 @@ def test_screening_narrow_heads(dtype: torch.dtype) -> None:
         assert again[0].rough is not None
         assert again[1].rough is not None
         assert int(again[0].rough.again.sum()) < int(again[1].rough.again.sum())
+
+
+@screens
+def test_columns_that_look_impossible_and_are_not() -> None:
+    """Rounded to bfloat16 these have a logit of 0 and no share at all; their true logit is 124.5, and many they are."""
+    weight = torch.empty(200_000, 2)
+    weight[:, 0], weight[:, 1] = 1.0038, -8.0
+    weight[:20, 0], weight[:20, 1] = 139 / 32_768, 0.0
+    x, head = torch.tensor([32_768.0, 4096.0]).expand(1, 64, 2), Head(weight)
+    exact = statistics(x[:, :1], head, entropy=False, backend="reference")
+    rows, request = native.NativeRows(x[0], head), Request(5, 200_000, entropy=False, precision="screened")
+    for slices in (1, 2):
+        found = conclude(native.scan(rows, request, screened=True, slices=slices), rows, head, request)
+        assert found.bound is not None
+        gap = (found.logsumexp - exact.logsumexp[0]).abs()
+        assert bool((gap <= found.bound.clamp_min(1e-5)).all())
+    whole = statistics(x, head, entropy=False, precision="screened", backend="native")
+    assert whole.bound is not None
+    assert float(whole.bound.max()) <= 1e-3
+    assert bool(((whole.logsumexp - exact.logsumexp).abs() <= whole.bound.clamp_min(1e-5)).all())
+    assert torch.equal(whole.top_ids, exact.top_ids.expand_as(whole.top_ids))
+
+
+@screens
+@pytest.mark.parametrize("softcap", [None, 6.0], ids=["linear", "cap"])
+@pytest.mark.parametrize(
+    "case", ["ties", "equal rows", "ruled out", "zero rows", "many top", "repeated", "subnormal", "scaled bias", "NaN"]
+)
+def test_screening_what_is_out_of_the_way(case: str, softcap: float | None) -> None:
+    weight, x = random_head(3000, 32).weight.clone(), random_rows(3, 40, 32)
+    more: dict[str, Any] = {"softcap": softcap}
+    options: dict[str, Any] = {"top_k": 6, "targets": torch.tensor([0, 1500, 2999])}
+    if case == "ties":
+        weight, x = weight.mul(2).round().clamp(-3, 3), x.mul(2).round()
+    elif case == "equal rows":
+        weight[100:300] = weight[100]
+        weight[2990:] = weight[100]
+        options["targets"] = torch.tensor([100, 250, 2999])
+    elif case == "ruled out":
+        more["offset"] = torch.zeros(3000).masked_fill(torch.arange(3000) % 3 == 0, -torch.inf)
+    elif case == "zero rows":
+        x[1, ::3] = 0.0
+        weight[50:60] = 0.0
+    elif case == "many top":
+        options["top_k"] = 700
+    elif case == "repeated":
+        options["targets"] = torch.tensor([7, 7, 1500, 7])
+    elif case == "subnormal":
+        weight, x = (weight * 2.0**-20).half(), x * 2.0**20
+    elif case == "scaled bias":
+        more |= {"scale": 40.0, "bias": torch.linspace(-20, 20, 3000)}
+        x = x / 40
+    else:
+        x[1, 3, 5] = torch.nan
+    head = Head(weight, **more)
+    found, exact = both("native", x, head, reference=x[0], precision="screened", **options)
+    if case == "NaN":
+        assert int(torch.isnan(found.logsumexp).sum()) == 1
+        assert found.bound is not None
+        assert torch.isfinite(found.bound).all()
+    assert_within_bound(numbers(found), numbers(exact))
+    cut = scanned(head, x, screened=True, tile=100, slices=3, **options)
+    if case != "NaN":
+        assert_within_bound(numbers(cut), numbers(exact), max_error=torch.inf)
+
+
+def numbers(s: Statistics) -> Statistics:
+    """With -inf and NaN as numbers, whose difference is one. Infinite bounds stay."""
+    return s.map(lambda v: v.nan_to_num(nan=-1e9, neginf=-1e9, posinf=torch.inf) if v.is_floating_point() else v)
 
 
 @screens

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitlab.logits import Head, native, statistics, tiled
-from logitlab.logits.partial import BASE, Base, Candidates, Partial, Rough, conclude
+from logitlab.logits.partial import BASE, Base, Candidates, Partial, Rough, _bound, conclude
 from logitlab.logits.rows import HeadRows
 from logitlab.logits.statistics import Request
 from tests.logits.common import assert_same, random_head, random_rows
@@ -93,8 +93,6 @@ def test_any_cut_in_any_order(
             parts.append(native.scan(ElsewhereNative(flat, local, head), asked, own, place, first=start))
         else:
             parts.append(tiled.scan(Elsewhere(flat, local, head), stop - start, asked, own, start))
-    keep = max(p.best.z.shape[1] for p in parts)
-    parts = [widened(p, keep) for p in parts]
     order.shuffle(parts)
     merged = reduce(Partial.merge, parts)
     found = conclude(merged, whole, head, request, base, place)
@@ -102,18 +100,49 @@ def test_any_cut_in_any_order(
     assert_same(found.map(lambda v: v.reshape(3, 7, *v.shape[1:])), exact, tolerance=3e-6)
 
 
-def widened(partial: Partial, keep: int) -> Partial:
-    """The same with empty places, so that a part with few columns can take in what others found."""
+def test_the_smaller_of_two_does_not_cut_the_larger() -> None:
+    """Parts of few columns may have found little; whichever comes first, nothing is lost."""
+    few = Candidates(torch.tensor([[5.0, 1.0]]), torch.tensor([[10, 11]]))
+    many = Candidates(torch.tensor([[4.0, 3.0, 2.0]]), torch.tensor([[0, 1, 2]]))
+    for merged in (few.merge(many), many.merge(few)):
+        assert merged.ids.tolist() == [[10, 0, 1]]
+        assert merged.z.tolist() == [[5.0, 4.0, 3.0]]
 
-    def more(found: Candidates) -> Candidates:
-        short = keep - found.z.shape[1]
-        if short <= 0:
-            return found
-        z = torch.cat([found.z, torch.full((found.z.shape[0], short), -torch.inf)], dim=1)
-        return Candidates(z, torch.cat([found.ids, torch.zeros(found.z.shape[0], short, dtype=torch.int64)], dim=1))
 
-    best = more(partial.best)
-    return replace(partial, best=best, ranked=best if partial.ranked is partial.best else more(partial.ranked))
+@pytest.mark.parametrize("kernel", [False, True])
+def test_parts_of_one_column(kernel: bool) -> None:
+    """Each has fewer columns than are wanted of the whole."""
+    head, x = random_head(9, 8), random_rows(5, 8)
+    request = Request(6, 9)
+    place = torch.arange(5)
+    parts: list[Partial] = []
+    for column in range(9):
+        local = part_of(head, column, column + 1)
+        rows = ElsewhereNative(x, local, head) if kernel else Elsewhere(x, local, head)
+        parts.append((by_kernel if kernel else by_tiles)(rows, request, None, place, column))
+    found = conclude(reduce(Partial.merge, parts), HeadRows(x, head), head, request)
+    exact = statistics(x, head, top_k=6, backend="reference")
+    assert_same(found.map(lambda v: v.unsqueeze(0)), exact, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_part_without_a_distribution_takes_it_from_the_whole(value: float, kernel: bool) -> None:
+    offset = torch.zeros(300)
+    offset[120] = value
+    head, x = random_head(300, 8, offset=offset), random_rows(5, 8)
+    request = Request(3, 300)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        parts: list[Partial] = []
+        for i in order:
+            local = part_of(head, 100 * i, 100 * (i + 1))
+            rows = ElsewhereNative(x, local, head) if kernel else Elsewhere(x, local, head)
+            parts.append((by_kernel if kernel else by_tiles)(rows, request, None, torch.arange(5), 100 * i))
+        found = conclude(reduce(Partial.merge, parts), HeadRows(x, head), head, request)
+        assert bool(torch.isnan(found.logsumexp).all())
+        assert found.entropy is not None
+        assert bool(torch.isnan(found.entropy).all())
+        assert found.top_ids.tolist() == [[0, 1, 2]] * 5
 
 
 def test_empty_and_impossible_parts_change_nothing() -> None:
@@ -138,36 +167,66 @@ def test_screened_partials_do_not_merge() -> None:
         own.merge(screened)
 
 
-def test_a_bound_covers_the_worst_case() -> None:
+@pytest.mark.parametrize("largest", [0.05, 0.3, 1.0, 4.0])
+@pytest.mark.parametrize("share", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("spread", [0.3, 3.0, 8.0])
+def test_a_bound_covers_the_worst_case(largest: float, share: float, spread: float) -> None:
     """Push every rough logit to its limit in the direction that hurts: the bound has to cover it."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(40, 60, generator=generator, dtype=torch.float64) * 3
-    limit = torch.rand(40, 60, generator=generator, dtype=torch.float64) * 0.05
-    rough = torch.rand(40, 60, generator=generator) < 0.7
+    n, columns = 60, 60
+    z = torch.randn(n, columns, generator=generator, dtype=torch.float64) * spread
+    limit = torch.rand(n, columns, generator=generator, dtype=torch.float64) * largest
+    limit[::3] = largest
+    rough = torch.rand(n, columns, generator=generator) < share
     limit[~rough] = 0.0
     top = z.amax(1)
     p = (z - top.unsqueeze(1)).exp()
-    partial = Partial(
-        top,
-        p.sum(1),
-        (p * (z - top.unsqueeze(1))).sum(1),
-        Candidates(z[:, :1], torch.zeros(40, 1, dtype=torch.int64)),
-        Candidates(z[:, :1], torch.zeros(40, 1, dtype=torch.int64)),
-        rough=Rough(
-            (p * limit).sum(1), (p * limit * (top.unsqueeze(1) - z)).sum(1), None, limit.amax(1), torch.zeros(40)
-        ),
+    r = (torch.randn(n, columns, generator=generator, dtype=torch.float64) * spread).softmax(1)
+    nothing = Candidates(z[:, :1], torch.zeros(n, 1, dtype=torch.int64))
+    limits = Rough(
+        (p * limit).sum(1),
+        (p * limit * (top.unsqueeze(1) - z)).sum(1),
+        (r * limit).sum(1),
+        limit.amax(1),
+        torch.zeros(n),
     )
-    from logitlab.logits.partial import _bound
-
+    partial = Partial(top, p.sum(1), (p * (z - top.unsqueeze(1))).sum(1), nothing, nothing, rough=limits)
     lse = z.logsumexp(1)
     entropy = -(z.softmax(1) * z.log_softmax(1)).sum(1)
-    bound = _bound(partial, lse, entropy, Request(1, 60))
-    only_lse = _bound(partial, lse, entropy, Request(1, 60, entropy=False))
+    only_lse = _bound(
+        replace(partial, rough=replace(limits, cross=None)), lse, entropy, Request(1, columns, entropy=False)
+    )
+    with_entropy = _bound(replace(partial, rough=replace(limits, cross=None)), lse, entropy, Request(1, columns))
+    with_kl = _bound(partial, lse, entropy, Request(1, columns, entropy=False))
     slope = -z.softmax(1) * (z.log_softmax(1) + entropy.unsqueeze(1))
-    for direction in (torch.ones_like(z), -torch.ones_like(z), slope.sign(), -slope.sign()):
-        moved = z + direction * limit
-        new = -(moved.softmax(1) * moved.log_softmax(1)).sum(1)
-        assert bool(((new - entropy).abs() <= bound).all())
-        assert bool(((moved.logsumexp(1) - lse).abs() <= only_lse).all())
-    assert bool((only_lse <= bound).all())
-    assert float((bound / limit.amax(1)).max()) < 20  # and it is no excuse for anything
+    ones = torch.ones_like(z)
+    pull = (z.softmax(1) - r).sign()
+    for direction in (
+        ones,
+        -ones,
+        slope.sign(),
+        -slope.sign(),
+        pull,
+        -pull,
+        *torch.randn(20, n, columns).sign().double(),
+    ):
+        for part in (0.25, 1.0):
+            moved = z + direction * limit * part
+            new = -(moved.softmax(1) * moved.log_softmax(1)).sum(1)
+            assert bool(((new - entropy).abs() <= with_entropy).all())
+            assert bool(((moved.logsumexp(1) - lse).abs() <= only_lse).all())
+            gap = (r * (z.log_softmax(1) - moved.log_softmax(1))).sum(1)
+            assert bool((gap.abs() <= with_kl).all())
+    assert bool((only_lse <= with_entropy).all())
+    assert bool((only_lse <= with_kl).all())
+    if largest == 0.05:  # and it is no excuse for anything
+        assert float((with_entropy / limit.amax(1).clamp_min(1e-3)).max()) < 30
+
+
+def test_beyond_some_limit_there_is_no_bound() -> None:
+    """Shares that are 0 in float32 could then be those of the likeliest columns."""
+    zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    nothing = Candidates(torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64))
+    most = torch.tensor([0.5, 8.5, torch.nan], dtype=torch.float64)
+    partial = Partial(zero.float(), one, zero, nothing, nothing, rough=Rough(zero, zero, None, most, zero.long()))
+    assert _bound(partial, zero, zero, Request(1, 60)).tolist() == [0.0, torch.inf, torch.inf]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -316,12 +317,13 @@ def test_no_tensor_of_rows_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch
     assert largest < n * vocabulary / 20
 
 
-def test_autocast_does_not_touch_the_numbers() -> None:
+def test_autocast_does_not_touch_the_numbers(backend: str) -> None:
     head, x = random_head(3000, 64), random_rows(1, 4, 64)
-    plain = statistics(x, head)
+    plain = statistics(x, head, reference=x[0] / 2, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = statistics(x, head)
-    assert torch.equal(plain.logsumexp, inside.logsumexp)
+        inside = statistics(x, head, reference=x[0] / 2, backend=backend)
+    for name in ("logsumexp", "entropy", "kl", "top_logprob"):
+        assert torch.equal(getattr(plain, name), getattr(inside, name)), name
 
 
 @pytest.mark.parametrize("way", ["for all", "for this backend"])
@@ -355,7 +357,19 @@ def test_products_are_full_whatever_the_user_has_set(backend: str, way: str) -> 
         ({"backend": "fast"}, "the backends are auto, native, triton, tiled, reference"),
         ({"backend": "triton"}, "cannot decode this: its head is not on a GPU; use backend='auto'"),
         ({"precision": "rough"}, "unknown precision 'rough'; it is one of exact, screened, auto"),
+        ({"precision": None}, "unknown precision None; it is one of exact, screened, auto"),
         ({"max_error": 0.0}, "max_error is 0.0; it is a number of nats above 0"),
+        ({"max_error": math.inf}, "max_error is inf; it is a number of nats above 0, such as 0.001"),
+        ({"max_error": math.nan}, "max_error is nan; it is a number"),
+        ({"max_error": None}, "max_error is None; it is a number"),
+        ({"max_error": "0.1"}, "max_error is '0.1'; it is a number"),
+        ({"max_error": True}, "max_error is True; it is a number"),
+        (
+            {"reference": torch.zeros(2, 4)},
+            "the reference has shape (2, 4); the rows have shape (1, 1, 4), so give one",
+        ),
+        ({"reference": torch.zeros(1, 5)}, "one row for each position, [1, 4]"),
+        ({"reference": torch.zeros(4)}, "the reference has shape (4,)"),
         ({"targets": torch.zeros(3, 1, dtype=torch.long)}, "targets have shape (3, 1); give [m], or [positions, m]"),
         ({"targets": torch.tensor([10])}, "target id 10 is not in the vocabulary (0 to 9)"),
         ({"targets": torch.tensor([-1])}, "target id -1"),
@@ -367,6 +381,271 @@ def test_bad_requests(options: dict[str, object], message: str, monkeypatch: pyt
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match=re.escape(message)):
         statistics(torch.zeros(1, 1, 4), random_head(10, 4), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["native", "tiled", "reference", "auto"])
+@pytest.mark.parametrize("shape", [(1, 3, 8), (3, 17), (16,), (1, 1, 1, 16), ()])
+def test_rows_of_a_wrong_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    """A compiled kernel would read beyond them."""
+    with pytest.raises(InputError, match=r"the rows have shape .*; give \["):
+        statistics(torch.zeros(shape), random_head(100, 16), backend=name)
+
+
+def test_a_reference_of_too_few_rows_is_refused_behind_a_cap() -> None:
+    x = random_rows(1, 40, 16)
+    with pytest.raises(InputError, match=re.escape("the reference has shape (3, 16)")):
+        statistics(x, random_head(100, 16, softcap=4.0), reference=x[0, :3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": torch.zeros(9)}, "a head's bias has shape (9,); give one number for each of the 10 rows"),
+        ({"bias": torch.zeros(1, 10)}, "a head's bias has shape (1, 10)"),
+        ({"offset": torch.zeros(11)}, "a head's offset has shape (11,)"),
+        ({"offset": torch.tensor(0.0)}, "a head's offset has shape ()"),
+    ],
+)
+def test_parts_of_a_head_fit_together(options: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        Head(torch.zeros(10, 4), **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=re.escape("a head's weight has shape (10,); give [vocabulary, width]")):
+        Head(torch.zeros(10))
+
+
+@pytest.mark.parametrize("name", ["native", "tiled", "reference", "auto"])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4)])
+def test_no_rows_give_empty_statistics(name: str, shape: tuple[int, ...]) -> None:
+    groups, positions = shape[:2]
+    asked: dict[str, Any] = {"top_k": 2, "targets": torch.tensor([1, 5, 7]), "reference": torch.zeros(positions, 4)}
+    s = statistics(torch.zeros(shape), random_head(10, 4), backend=name, precision="screened", **asked)
+    asked["reference"] = torch.zeros(1, 4)
+    some = statistics(torch.zeros(1, 1, 4), random_head(10, 4), precision="screened", **asked)
+    for key, value in vars(some).items():
+        assert getattr(s, key).shape == (groups, positions, *value.shape[2:]), key
+        assert getattr(s, key).dtype == value.dtype, key
+    least = statistics(torch.zeros(shape), random_head(10, 4), entropy=False, backend=name)
+    assert (least.entropy, least.kl, least.cross_entropy, least.target_rank, least.bound) == (None,) * 5
+
+
+# -- numbers that are none ---------------------------------------------------------------------
+
+
+def nonsense(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[bool]]:
+    """Rows [2, 4, 24], a head's weight, an offset; which of the rows, one after the other, have no distribution."""
+    x, weight = random_rows(2, 4, 24), random_head(3000, 24).weight.clone()
+    offset, broken = None, [False] * 8
+    if name == "NaN in a row":
+        x[1, 2, 3], broken[6] = torch.nan, True
+    elif name == "NaN in rows of the reference":
+        x[0, 1, 3], x[0, 3], broken[1], broken[3] = torch.nan, torch.nan, True, True
+    elif name == "NaN in a column":
+        weight[77, 5], broken = torch.nan, [True] * 8
+    elif name == "infinite logit":
+        offset, broken = torch.zeros(3000).index_fill(0, torch.tensor([2999]), torch.inf), [True] * 8
+    elif name == "NaN first in its tile":
+        offset, broken = torch.zeros(3000).index_fill(0, torch.tensor([0]), torch.nan), [True] * 8
+    elif name == "infinite row":
+        x[1, 2, 0], broken[6] = torch.inf, True
+    return x, weight, offset, broken
+
+
+NONSENSE = [
+    "NaN in a row",
+    "NaN in rows of the reference",
+    "NaN in a column",
+    "infinite logit",
+    "NaN first in its tile",
+    "infinite row",
+]
+
+
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "against"])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["linear", "cap"])
+@pytest.mark.parametrize("name", NONSENSE)
+def test_no_number_is_made_of_none(backend: str, name: str, softcap: float | None, against: bool) -> None:
+    """NaN stays NaN, in its own row; ids and ranks are in range, and the same with every backend."""
+    x, weight, offset, broken = nonsense(name)
+    head = Head(weight, softcap=softcap, offset=offset)
+    if softcap is not None and name == "infinite row":
+        broken = [False] * 8  # a cap is a number whatever is under it
+    targets = torch.tensor([0, 7, 2999])
+    for allowed in (None, torch.arange(3000) % 3 == 1):
+        options: dict[str, Any] = {"top_k": 3, "targets": targets, "allowed": allowed}
+        options["reference"] = x[0] if against else None
+        s, exact = both(backend, x, head, **options)
+        whole = [not b for b in broken]
+        for found in (s, exact):
+            assert torch.isfinite(found.logsumexp).flatten().tolist() == whole
+            assert torch.isnan(found.logsumexp).flatten().tolist() == broken
+            for key in ("entropy", "target_logprob", "top_logprob"):
+                assert torch.isfinite(getattr(found, key)).reshape(8, -1).all(1).tolist() == whole, key
+                assert torch.isnan(getattr(found, key)).reshape(8, -1).all(1).tolist() == broken, key
+            if against:
+                for key in ("kl", "cross_entropy"):
+                    either = [b or broken[i % 4] for i, b in enumerate(broken)]
+                    assert torch.isnan(getattr(found, key)).flatten().tolist() == either, key
+            for i in range(8):
+                if broken[i]:
+                    assert found.top_ids.reshape(8, -1)[i].tolist() == ([0, 1, 2] if allowed is None else [1, 4, 7])
+                    assert found.target_rank is not None
+                    ranks = [1, 8, 3000] if allowed is None else [1, 3, 1001]
+                    assert found.target_rank.reshape(8, -1)[i].tolist() == ranks
+        assert_same(s, exact, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_number_is_made_of_none_without_a_head(value: float) -> None:
+    z = torch.zeros(3000).index_fill(0, torch.tensor([5]), value)
+    source = LogitSource(lambda x: z.expand(x.shape[0], 3000), 3000)
+    s, exact = both("tiled", torch.zeros(1, 2, 4), source, targets=torch.tensor([5]), reference=torch.zeros(2, 4))
+    assert_same(s, exact, equal_nan=True)
+    assert bool(torch.isnan(s.logsumexp).all())
+
+
+def test_logits_of_any_finite_size(backend: str) -> None:
+    """Float32 is off by more nats there than exp can take; the float64 logits of the likeliest are not."""
+    head, x = random_head(3000, 24), random_rows(1, 3, 24)
+    x[0, 1] *= 1e12
+    x[0, 2] *= 1e30
+    s, exact = both(backend, x, head, targets=torch.tensor([7]))
+    for name in ("top_ids", "target_rank"):
+        assert torch.equal(getattr(s, name), getattr(exact, name)), name
+    for name in ("logsumexp", "entropy", "top_logprob", "target_logprob"):
+        torch.testing.assert_close(getattr(s, name), getattr(exact, name), atol=1e-5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("vocabulary", [12, 3000])
+def test_columns_that_are_ruled_out_are_ranked_last_by_id(backend: str, vocabulary: int, filtered: bool) -> None:
+    offset = torch.zeros(vocabulary)
+    offset[3:] = -torch.inf
+    offset[vocabulary - 2] = 0.0
+    head, x = random_head(vocabulary, 16, offset=offset), random_rows(1, 5, 16)
+    allowed = torch.arange(vocabulary) % 2 == 0 if filtered else None
+    targets = torch.tensor([0, 3, 4, vocabulary - 1])
+    s, exact = both(backend, x, head, top_k=6, targets=targets, allowed=allowed)
+    assert_same(s, exact)
+    assert bool((exact.top_logprob[..., -1] == -torch.inf).all())
+    if allowed is not None:
+        assert bool(allowed[s.top_ids].all())
+
+
+def test_the_reference_takes_a_filter_from_another_device() -> None:
+    from logitlab.logits.reference import reference
+    from logitlab.logits.statistics import Request
+
+    moved: list[object] = []
+
+    class Watched(torch.Tensor):
+        def to(self, *args: Any, **options: Any) -> torch.Tensor:
+            moved.append(args[0])
+            return self.as_subclass(torch.Tensor).to(*args, **options)
+
+    allowed = (torch.arange(30) % 2 == 0).as_subclass(Watched)
+    x = random_rows(1, 2, 8)
+    s = reference(x, random_head(30, 8), Request(3, 15, torch.tensor([[3]]), allowed), None)
+    assert moved
+    assert set(moved) == {x.device}
+    assert bool((s.top_ids % 2 == 0).all())
+
+
+# -- how exact a float32 pass is ---------------------------------------------------------------
+
+
+def test_a_scale_enlarges_what_a_bias_is_off_by(backend: str) -> None:
+    weight = torch.full((3000, 1), 9e-5)
+    weight[:20] = 7e-5
+    head = Head(weight, bias=torch.full((3000,), 1000.0), scale=1000.0)
+    assert head.extra_error >= 2.0**-22 * 1e6
+    s = statistics(torch.tensor([[1.0]]), head, top_k=5, backend=backend)
+    assert s.top_ids.tolist() == [[[20, 21, 22, 23, 24]]]
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.1}, {"scale": 1 / 3, "softcap": 30.1}])
+def test_scale_and_cap_have_all_their_digits(backend: str, options: dict[str, Any]) -> None:
+    """0.1 in float32 is off by 1.5e-8 of itself: 1e-4 nats of a logit of 1e4."""
+    head, x = random_head(3000, 16, **options), random_rows(1, 3, 16, size=1e4)
+    s, exact = both(backend, x, head, targets=torch.tensor([3]))
+    torch.testing.assert_close(s.logsumexp, exact.logsumexp, atol=1e-6, rtol=1e-12)
+    torch.testing.assert_close(s.target_logprob, exact.target_logprob, atol=1e-6, rtol=1e-12)
+
+
+@pytest.mark.parametrize("d", [8, 37])
+def test_every_number_in_half_precision(backend: str, d: int) -> None:
+    """All 65,536 of them: subnormal, infinite and NaN too."""
+    bits = torch.arange(65_536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    weight = torch.zeros(65_536, d, dtype=torch.float16)
+    weight[:, d - 1] = bits
+    finite = torch.isfinite(bits)
+    x = torch.zeros(1, 1, d)
+    x[..., d - 1] = 1.0
+    for threads_flush in (False, True):
+        torch.set_flush_denormal(threads_flush)
+        try:
+            targets = torch.tensor([1, 513, 1023, 1024])
+            some = Head(weight[finite])
+            s = statistics(x * 2.0**20, some, targets=targets, backend=backend)
+        finally:
+            torch.set_flush_denormal(False)
+        z = bits[finite].double() * 2.0**20
+        assert s.target_logprob is not None
+        got = s.target_logprob[0, 0] + s.logsumexp[0, 0]
+        torch.testing.assert_close(got, z[targets], atol=1e-6, rtol=0)
+        assert s.target_rank is not None
+        assert s.target_rank[0, 0].tolist() == [int((z > z[t]).sum() + (z[:t] == z[t]).sum()) + 1 for t in targets]
+    broken = statistics(x, Head(weight[~finite]), backend=backend)
+    assert bool(torch.isnan(broken.logsumexp).all())
+    ruled_out = Head(
+        torch.where(finite | (bits == -torch.inf), bits, 0.0).half().unsqueeze(1).expand(-1, 1).contiguous()
+    )
+    assert_same(*both(backend, torch.ones(1, 1, 1), ruled_out))
+
+
+def test_threads_that_overlap_leave_the_settings_alone() -> None:
+    """What was set comes back when the last of them is done, and products are full until then."""
+    from logitlab.logits.statistics import _full_products
+
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(setting, "fp32_precision"):
+        pytest.skip("this PyTorch has one setting for all")
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        first, second = _full_products(), _full_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert setting.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert setting.fp32_precision == "bf16"
+        head, x = random_head(300, 16), random_rows(2, 40, 16)
+        many = [threading.Thread(target=lambda: [statistics(x, head) for _ in range(20)]) for _ in range(4)]
+        for thread in many:
+            thread.start()
+        for thread in many:
+            thread.join()
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
+
+
+def test_products_are_full_where_there_is_one_setting_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before PyTorch 2.9."""
+    from logitlab.logits.statistics import _full_products
+
+    known = ["medium"]
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: known[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", known.append)
+    with _full_products(), _full_products():
+        assert known[-1] == "highest"
+    assert known == ["medium", "highest", "medium"]
+    known[:] = ["highest"]
+    with _full_products():
+        pass
+    assert known == ["highest"]
 
 
 def test_real_rows_of_the_default_model(backend: str, default_model: object) -> None:

@@ -3,28 +3,38 @@
 Rows of the head's own dtype are multiplied as they are. Other rows are written as a sum of three pieces of
 that dtype, which together hold all 24 bits of a float32, so products are exact and only sums round.
 A program takes some rows over a part of the columns and keeps, in registers, what `Partial` holds; parts are
-merged afterwards. Where a target's rank cannot be told within the rounding error, those rows are counted
-again by the tiled backend, which settles them in float64.
+merged afterwards. Columns whose logits are too close to a target's to tell which comes first are listed by the
+kernel and settled in float64; a row with more of them than are listed is counted again by the tiled backend.
+
+Before a head is decoded on a GPU for the first time the kernel is tried there on a few of its rows, so that `why_not`
+knows: with ``backend="auto"`` the tiled backend then does the work.
 
 With ``TRITON_INTERPRET=1`` the same kernel runs on a processor, slowly, for tests.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from logitlab.errors import KernelError
 from logitlab.logits import tiled as _tiled
 from logitlab.logits.gpu_scan import scan_kernel
 from logitlab.logits.head import Head, LogitSource
-from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude
+from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude, ruled_out_before
 from logitlab.logits.reference import reference
 from logitlab.logits.rows import HeadRows
-from logitlab.logits.statistics import Request, Statistics
+from logitlab.logits.statistics import TIE, Request, Statistics
+
+log = logging.getLogger("logitlab")
 
 ROWS = 8192
 """Rows of one launch."""
@@ -35,8 +45,25 @@ REFERENCE_VALUES = 2**24
 MOST_CANDIDATES = 64
 """Candidates that a program keeps in registers; where more are wanted the tiled backend decodes."""
 
+MOST_TARGETS = 16
+"""Targets of a row that a program counts for; where more are wanted the tiled backend decodes."""
+
+CLOSE = 64
+"""Columns too close to a target to call that are listed, of each row, target and part of the columns."""
+
+BLOCK = (64, 128, 64)
+"""Rows, columns and depth of a program's tile. Two of three stages wait in shared memory: 48 KiB; with those of
+Hopper's tensor cores three, 72 KiB."""
+
+_CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 5)}
+"""By the head's dtype, the least compute capability of an NVIDIA GPU that the kernel is compiled for."""
+
 _PIECES = {torch.bfloat16: (3, 2.0**-8), torch.float16: (3, 2.0**-11)}
 """By the head's dtype, how many pieces hold a float32, and the size of each beside the one before."""
+
+
+_tried: dict[tuple[Any, ...], str | None] = {}
+"""By GPU and kind of head, why the kernel does not run; None where it does."""
 
 
 def why_not(head: Head) -> str | None:
@@ -44,7 +71,60 @@ def why_not(head: Head) -> str | None:
     w = head.weight
     if w.dtype not in _PIECES:
         return f"its head is in {str(w.dtype).removeprefix('torch.')}; the kernel takes bfloat16 and float16"
-    return None if w.stride(1) == 1 and w.numel() > 0 else "its head's rows do not lie together"
+    if w.stride(1) != 1 or w.numel() == 0:
+        return "its head's rows do not lie together"
+    capability = _capability(w.device)
+    if capability is None:
+        return None
+    least = _CAPABILITY[w.dtype]
+    if capability < least:
+        have, need = (".".join(map(str, version)) for version in (capability, least))
+        return (
+            f"its GPU has compute capability {have}; for {str(w.dtype).removeprefix('torch.')} the kernel needs {need}"
+        )
+    key = _kind(head)
+    if key not in _tried:
+        _tried[key] = None  # a failure below is noted by the launch
+        try:
+            _try(head)
+        except KernelError as error:
+            log.warning("%s; backend='auto' uses PyTorch alone, which is slower", error)
+    return _tried[key]
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None for anything else, of which nothing is asked."""
+    if device.type != "cuda" or torch.version.hip is not None or interpreted():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def _kind(head: Head) -> tuple[Any, ...]:
+    """What a kernel is compiled for, as far as the head decides."""
+    w = head.weight
+    return w.device, w.dtype, head.bias is None, head.offset is None, head.softcap is None
+
+
+def _try(head: Head) -> None:
+    """Run the kernel once over some columns, with all that a request can add to it.
+
+    Raises:
+        KernelError: it does not run.
+    """
+    size, device = min(head.vocab_size, BLOCK[1]), head.weight.device
+    part = replace(
+        head,
+        weight=head.weight.detach()[:size],
+        bias=None if head.bias is None else head.bias[:size],
+        offset=None if head.offset is None else head.offset[:size],
+    )
+    with torch.no_grad():
+        rows = _Rows(torch.ones(1, head.weight.shape[1], device=device), part)
+        place = torch.zeros(1, dtype=torch.int64, device=device)
+        base = Base.of(rows, scan(rows, Request(BASE, size)))
+        targets = torch.zeros(1, MOST_TARGETS, dtype=torch.int64, device=device)
+        allowed = torch.ones(size, dtype=torch.bool, device=device)
+        scan(rows, Request(MOST_CANDIDATES - SPARE, size, targets, allowed), base, place)
 
 
 class _Rows(HeadRows):
@@ -61,12 +141,17 @@ class _Rows(HeadRows):
 
 
 def triton(x: torch.Tensor, source: Head | LogitSource, request: Request, against: torch.Tensor | None) -> Statistics:
-    """See `logitlab.logits.statistics`; of logits it holds those of a few reference rows only."""
+    """See `logitlab.logits.statistics`; of logits it holds those of a few reference rows only.
+
+    Raises:
+        KernelError: the kernel cannot be compiled or started here.
+    """
     assert isinstance(source, Head)
     groups, positions = x.shape[:2]
     if groups == 0 or positions == 0:
         return reference(x, source, request, against)
-    if request.top_k + SPARE > MOST_CANDIDATES:
+    m = 0 if request.targets is None else request.targets.shape[1]
+    if request.top_k + SPARE > MOST_CANDIDATES or m > MOST_TARGETS:
         return _tiled.tiled(x, source, request, against)
     most = REFERENCE_VALUES // source.vocab_size if against is not None and source.softcap is not None else ROWS
     wide = max(1, min(positions, ROWS // groups, most))
@@ -101,7 +186,7 @@ def pieces_of(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
         ``x = factor * (piece 0 + step * (piece 1 + step * piece 2))``.
     """
     if x.dtype == dtype:
-        return x.unsqueeze(0), torch.ones(x.shape[0], device=x.device), 1.0
+        return x.contiguous().unsqueeze(0), torch.ones(x.shape[0], device=x.device), 1.0
     count, step = _PIECES[dtype]
     x = x.float()
     factor = x.abs().amax(dim=1).clamp_min(1e-30)
@@ -140,47 +225,55 @@ def scan(
     head, device = rows.head, rows.x.device
     n, d = rows.x.shape
     size = head.vocab_size
-    block = block or (64, 128, 64)
+    block = block or BLOCK
     programs = math.ceil(n / block[0])
     if splits is None:
         splits = max(1, min(size // 1024, math.ceil(_processors(device) * 2 / programs)))
     width = math.ceil(size / splits / block[1]) * block[1]
     splits = math.ceil(size / width)
     xs, factor, step = pieces_of(rows.given, head.weight.dtype)
-    keep = min(size, request.top_k + SPARE)
-    keep_ranked = 0 if request.allowed is None else min(request.columns, request.top_k + SPARE)
+    keep = request.top_k + SPARE  # also of a part with fewer columns, which then takes in what other parts found
+    keep_ranked = 0 if request.allowed is None else keep
     m = 0 if request.targets is None else request.targets.shape[1]
     nothing = torch.empty(1, device=device)
     floats = {name: torch.zeros(splits, n, dtype=torch.float64, device=device) for name in ("sum", "moment", "cross")}
     largest = torch.empty(splits, n, device=device)
     best = _empty(splits, n, _padded(keep), device)
     ranked = _empty(splits, n, _padded(max(1, keep_ranked)), device)
-    above = torch.zeros(splits, n, _padded(max(1, m)), dtype=torch.int32, device=device)
+    padded = _padded(m) if m else 0  # a kernel for every power of two, not for every number of targets
+    above = torch.zeros(splits, n, padded, dtype=torch.int32, device=device)
     near = torch.zeros_like(above)
-    low = high = ref_z = ref_w = nothing
-    if request.targets is not None:
-        target = rows.at_all(request.targets.to(device))
-        low = (target - rows.bound).float().contiguous()
-        high = (target + rows.bound).float().contiguous()
+    close = torch.empty(splits, n, padded, CLOSE, dtype=torch.int32, device=device)
+    low = high = ref_z = ref_w = ids = target = nothing
+    if m:
+        assert request.targets is not None
+        ids = request.targets.to(device)
+        target = rows.at_all(ids)
+        spare = (0, padded - m)  # nothing is above or near what is not a number
+        # Columns of -inf, ruled out or filtered, are not compared.
+        low = (target - rows.bound).float().clamp_min(torch.finfo(torch.float32).min)
+        low = F.pad(low, spare, value=torch.nan).contiguous()
+        high = F.pad((target + rows.bound).float(), spare, value=torch.nan).contiguous()
     mass = None
     if base is not None:
         assert isinstance(base.rows, HeadRows)
         ref_z = base.rows.tile(slice(0, size)).clamp_min(-1e38).contiguous()
         ref_w = (ref_z - base.lse.float().unsqueeze(1)).exp()
-        ids = base.ids - first
-        mine = (ids >= 0) & (ids < size)
-        row, at = mine.nonzero(as_tuple=True)
-        ref_w[row, ids[row, at]] = 0.0  # these are treated in float64
+        likely = base.ids - first
+        row, at = ((likely >= 0) & (likely < size)).nonzero(as_tuple=True)
+        ref_w[row, likely[row, at]] = 0.0  # these are treated in float64
         mass = ref_w.sum(dim=1, dtype=torch.float64)
     weight = head.weight.detach()
-    launch: Any = scan_kernel
-    launch[(programs, splits)](
+    _launch(
+        head,
+        (programs, splits),
         xs,
         weight,
         factor,
-        nothing if head.bias is None else head.bias.detach().float().to(device),
-        nothing if head.offset is None else head.offset.detach().float().to(device),
-        nothing if request.allowed is None else request.allowed.to(device, torch.int8),
+        nothing if head.bias is None else head.bias.detach().float().to(device).contiguous(),
+        nothing if head.offset is None else head.offset.detach().float().to(device).contiguous(),
+        nothing if request.allowed is None else request.allowed.to(device, torch.int8).contiguous(),
+        F.pad(ids, (0, padded - m), value=-1).int().contiguous() if m else nothing,
         low,
         high,
         ref_z,
@@ -196,12 +289,14 @@ def scan(
         ranked.ids,
         above,
         near,
+        close,
         n,
         d,
         size,
         width,
         weight.stride(0),
         first,
+        CLOSE,
         head.scale / head.softcap if head.softcap else head.scale,
         head.softcap or 0.0,
         step,
@@ -211,8 +306,7 @@ def scan(
         CAP=bool(head.softcap),
         FILTER=request.allowed is not None,
         KL=base is not None,
-        TARGETS=m,
-        TARGETS_PADDED=above.shape[2],
+        TARGETS=padded,
         KEEP=keep,
         KEEP_PADDED=best.z.shape[2],
         RANKED=keep_ranked,
@@ -239,16 +333,77 @@ def scan(
     for part in partials[1:]:
         whole = whole.merge(part)
     whole.mass = mass
-    if m:
+    if request.targets is not None:
         whole.before = above.sum(0)[:, :m].long()
-        unsure = (near.sum(0)[:, :m] > 0).any(dim=1).nonzero().squeeze(1)
-        if unsure.numel():
-            assert request.targets is not None
-            asked = request.with_targets(request.targets.to(device)[unsure])
-            counted = _tiled.scan(rows.some(unsure), size, asked, first=first)
-            assert counted.before is not None
-            whole.before[unsure] = counted.before
+    if whole.before is not None and m:
+        whole.before += ruled_out_before(target, head, request, first)
+        _settle(whole.before, near[:, :, :m], close, rows, request.with_targets(ids), target, first)
     return whole
+
+
+def _settle(
+    before: torch.Tensor,
+    near: torch.Tensor,
+    close: torch.Tensor,
+    rows: HeadRows,
+    request: Request,
+    target: torch.Tensor,
+    first: int,
+) -> None:
+    """Count, in float64, columns that the kernel could not tell from a target.
+
+    Args:
+        before: [n, m] int64, columns that surely come before; changed in place.
+        near: [splits, n, m] how many could not be told.
+        close: [splits, n, padded m, slots] the first of them.
+        rows: the rows, [n, d].
+        request: what is wanted, for these rows.
+        target: [n, m] float64, logits of the targets.
+        first: id of the head's first column.
+    """
+    assert request.targets is not None
+    slots = close.shape[3]
+    crowded = (near > slots).any(dim=0).any(dim=1)  # [n]
+    split, row, m = ((near > 0) & ~crowded[:, None]).nonzero(as_tuple=True)
+    listed = torch.arange(slots, device=near.device) < near[split, row, m].unsqueeze(1)
+    entry, slot = listed.nonzero(as_tuple=True)
+    split, row, m = split[entry], row[entry], m[entry]
+    column = close[split, row, m, slot].long()
+    steps, own = torch.round(rows.at(row, column) / TIE), torch.round(target[row, m] / TIE)
+    comes = (steps > own) | ((steps == own) & (column + first < request.targets[row, m]))
+    before.index_put_((row, m), comes.long(), accumulate=True)
+    many = crowded.nonzero().squeeze(1)
+    if many.numel():
+        asked = request.with_targets(request.targets[many])
+        counted = _tiled.scan(rows.some(many), rows.head.vocab_size, asked, first=first)
+        assert counted.before is not None
+        before[many] = counted.before
+
+
+def _launch(head: Head, grid: tuple[int, int], *given: Any, **constants: Any) -> None:
+    """Start the kernel where the head is.
+
+    Raises:
+        KernelError: it cannot be compiled or started; noted, so that `why_not` says so from then on.
+    """
+    launch: Any = scan_kernel
+    try:
+        with _on(head.weight.device):
+            launch[grid](*given, **constants)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Triton's compiler, ptxas, the C compiler of its launcher and the driver each have errors of their own.
+        if interpreted() and _capability(head.weight.device) is None:
+            raise  # there it is a mistake in the kernel
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        _tried[_kind(head)] = f"the Triton kernel does not run on its GPU ({why})"
+        raise KernelError(f"the Triton kernel does not run on {head.weight.device} ({why})") from error
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, which need not be the head's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def interpreted() -> bool:

@@ -29,7 +29,7 @@ def _pushed(z, columns, best_z, best_id, first, COLUMNS: tl.constexpr, PADDED: t
     return tl.where(slots[None, :] < KEEP, held, float("-inf")), best_id
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first", "slots"])
 def scan_kernel(
     xs,
     w,
@@ -37,6 +37,7 @@ def scan_kernel(
     bias,
     offset,
     allowed,
+    targets,
     low,
     high,
     ref_z,
@@ -52,12 +53,14 @@ def scan_kernel(
     out_ranked_id,
     out_above,
     out_near,
+    out_close,
     n,
     d,
     size,
     width,
     stride,
     first,
+    slots,
     slope,
     cap,
     step,
@@ -68,7 +71,6 @@ def scan_kernel(
     FILTER: tl.constexpr,
     KL: tl.constexpr,
     TARGETS: tl.constexpr,
-    TARGETS_PADDED: tl.constexpr,
     KEEP: tl.constexpr,
     KEEP_PADDED: tl.constexpr,
     RANKED: tl.constexpr,
@@ -78,7 +80,12 @@ def scan_kernel(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """`ROWS` rows over ``width`` columns; what comes out is described in `Partial`."""
+    """`ROWS` rows over ``width`` columns; what comes out is described in `Partial`.
+
+    ``TARGETS`` is a power of two, or 0. Columns that surely come before a target are counted in ``out_above``
+    [splits, n, TARGETS]. Those that are too close to call, the target's own not among them, are counted in
+    ``out_near``, and the first ``slots`` of them are listed in ``out_close`` [splits, n, TARGETS, slots].
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     here = row < n
@@ -95,9 +102,11 @@ def scan_kernel(
     best_id = tl.full([ROWS, KEEP_PADDED], 0, tl.int32) + first
     ranked_z = tl.full([ROWS, RANKED_PADDED], float("-inf"), tl.float32)
     ranked_id = tl.full([ROWS, RANKED_PADDED], 0, tl.int32) + first
-    numbers = tl.arange(0, TARGETS_PADDED)
-    above = tl.zeros([ROWS, TARGETS_PADDED], tl.int32)
-    near = tl.zeros([ROWS, TARGETS_PADDED], tl.int32)
+    bad = tl.zeros([ROWS], tl.int32)  # rows with a logit that is not a number
+    if TARGETS > 0:
+        numbers = tl.arange(0, TARGETS)
+        above = tl.zeros([ROWS, TARGETS], tl.int32)
+        near = tl.zeros([ROWS, TARGETS], tl.int32)
     at = row64  # the reference row of each
     if KL:
         at = tl.load(place + row, mask=here, other=0).to(tl.int64)
@@ -136,18 +145,31 @@ def scan_kernel(
             z = tl.where(z < 0, -t, t) * cap
         if OFFSET:
             z += tl.load(offset + column, mask=there, other=0.0)[None, :]
-        z = tl.where(both, z, float("-inf"))
+        odd = both & (z != z)  # kept out of maxima and candidates, so that ids stay ids
+        bad = tl.maximum(bad, tl.max(odd.to(tl.int32), 1))
+        z = tl.where(both & (z == z), z, float("-inf"))
         ranked = z
+        competes = both
         if FILTER:
             fine = tl.load(allowed + column, mask=there, other=0) != 0
             ranked = tl.where(fine[None, :], z, float("-inf"))
-        for m in tl.static_range(TARGETS):
-            lo = tl.load(low + row * TARGETS + m, mask=here, other=float("inf"))
-            hi = tl.load(high + row * TARGETS + m, mask=here, other=float("inf"))
-            over = tl.sum((ranked > hi[:, None]).to(tl.int32), 1)
-            maybe = tl.sum((ranked >= lo[:, None]).to(tl.int32), 1)
-            above += tl.where(numbers[None, :] == m, over[:, None], 0)
-            near += tl.where(numbers[None, :] == m, (maybe - over)[:, None], 0)
+            competes = both & fine[None, :]
+        if TARGETS > 0:
+            for m in range(TARGETS):
+                own = tl.load(targets + row * TARGETS + m, mask=here, other=-1) - first
+                lo = tl.load(low + row * TARGETS + m, mask=here, other=float("inf"))
+                hi = tl.load(high + row * TARGETS + m, mask=here, other=float("inf"))
+                rival = competes & (column[None, :] != own[:, None])
+                over = tl.sum((rival & (ranked > hi[:, None])).to(tl.int32), 1)
+                above += tl.where(numbers[None, :] == m, over[:, None], 0)
+                close = rival & (ranked >= lo[:, None]) & (ranked <= hi[:, None])
+                count = tl.sum(close.to(tl.int32), 1)
+                if tl.max(count, 0) > 0:  # rare: most tiles have none
+                    had = tl.sum(tl.where(numbers[None, :] == m, near, 0), 1)
+                    slot = had[:, None] + tl.cumsum(close.to(tl.int32), 1) - 1
+                    at_close = ((split.to(tl.int64) * n + row64) * TARGETS + m)[:, None] * slots + slot
+                    tl.store(out_close + at_close, column[None, :] + tl.zeros_like(slot), mask=close & (slot < slots))
+                    near += tl.where(numbers[None, :] == m, count[:, None], 0)
         if KL:
             where = at[:, None] * size + column.to(tl.int64)[None, :]
             rz = tl.load(ref_z + where, mask=both, other=0.0)
@@ -167,22 +189,22 @@ def scan_kernel(
         best_z, best_id = _pushed(z, start, best_z, best_id, first, COLUMNS, KEEP_PADDED, KEEP)
         if RANKED > 0:
             ranked_z, ranked_id = _pushed(ranked, start, ranked_z, ranked_id, first, COLUMNS, RANKED_PADDED, RANKED)
+    total = tl.where(bad > 0, float("nan"), total)
+    moment = tl.where(bad > 0, float("nan"), moment)
     to = split.to(tl.int64) * n + row64
     tl.store(out_max + to, largest, mask=here)
     tl.store(out_sum + to, total, mask=here)
     tl.store(out_moment + to, moment, mask=here)
     if KL:
         tl.store(out_cross + to, cross, mask=here)
-    slots = tl.arange(0, KEEP_PADDED)
-    at_best = to[:, None] * KEEP_PADDED + slots[None, :]
+    at_best = to[:, None] * KEEP_PADDED + tl.arange(0, KEEP_PADDED)[None, :]
     tl.store(out_best_z + at_best, best_z, mask=here[:, None])
     tl.store(out_best_id + at_best, best_id, mask=here[:, None])
     if RANKED > 0:
-        ranked_slots = tl.arange(0, RANKED_PADDED)
-        at_ranked = to[:, None] * RANKED_PADDED + ranked_slots[None, :]
+        at_ranked = to[:, None] * RANKED_PADDED + tl.arange(0, RANKED_PADDED)[None, :]
         tl.store(out_ranked_z + at_ranked, ranked_z, mask=here[:, None])
         tl.store(out_ranked_id + at_ranked, ranked_id, mask=here[:, None])
     if TARGETS > 0:
-        at_target = to[:, None] * TARGETS_PADDED + numbers[None, :]
+        at_target = to[:, None] * TARGETS + numbers[None, :]
         tl.store(out_above + at_target, above, mask=here[:, None])
         tl.store(out_near + at_target, near, mask=here[:, None])

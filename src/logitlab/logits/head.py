@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from logitlab.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,17 @@ class Head:
     softcap: float | None = None
     offset: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit together; a compiled kernel would read beyond them."""
+        if self.weight.ndim != 2:
+            raise InputError(f"a head's weight has shape {tuple(self.weight.shape)}; give [vocabulary, width]")
+        for name, given in (("bias", self.bias), ("offset", self.offset)):
+            if given is not None and given.shape != self.weight.shape[:1]:
+                raise InputError(
+                    f"a head's {name} has shape {tuple(given.shape)}; give one number for each of the"
+                    f" {self.weight.shape[0]} rows of its weight"
+                )
+
     @property
     def vocab_size(self) -> int:
         """Number of columns V."""
@@ -52,18 +65,20 @@ class Head:
     @property
     def row_sizes(self) -> torch.Tensor:
         """Euclidean norm of every row of ``weight``, [V] float32."""
-        return self.kept("row_sizes", lambda: torch.cat([w.float().norm(dim=1) for w in self.weight.split(2**12)]))
+        return self.kept(
+            "row_sizes", lambda: torch.cat([w.double().norm(dim=1) for w in self.weight.split(2**12)]).float()
+        )
 
     @property
     def largest_row(self) -> float:
-        """Largest Euclidean norm of a row of ``weight``."""
-        return self.kept("largest_row", lambda: float(self.row_sizes.max()) if self.vocab_size else 0.0)
+        """Largest finite Euclidean norm of a row of ``weight``."""
+        return self.kept("largest_row", lambda: _largest(self.row_sizes))
 
     @property
     def extra_error(self) -> float:
         """Rounding error that bias, soft-cap and offset can add to a float32 logit."""
-        sizes = [_largest(t) for t in (self.bias, self.offset) if t is not None]
-        return 2.0**-22 * (sum(sizes) + (self.softcap or 0.0))
+        bias, offset = (0.0 if t is None else _largest(t) for t in (self.bias, self.offset))
+        return 2.0**-22 * (abs(self.scale) * bias + offset + 2 * abs(self.softcap or 0.0))
 
     def postmap(self, z: torch.Tensor) -> torch.Tensor:
         """Scale and soft-cap ``z`` (any shape); the offset is not added."""

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from logitlab.errors import LogitlabError
 from logitlab.logits.compiled import Job, Library, library, reason
 from logitlab.logits.head import Head, LogitSource
-from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, Rough, conclude
-from logitlab.logits.reference import reference
+from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, Rough, conclude, ruled_out_before
 from logitlab.logits.rows import HeadRows
-from logitlab.logits.statistics import Request, Statistics
+from logitlab.logits.statistics import TIE, Request, Statistics
 
 ROWS = 8192
 """Rows of one scan: its results are some hundred bytes a row."""
@@ -65,8 +64,6 @@ def native(x: torch.Tensor, source: Head | LogitSource, request: Request, agains
     """See `logitlab.logits.statistics`; holds no logits beyond the processor's caches."""
     assert isinstance(source, Head)
     groups, positions = x.shape[:2]
-    if groups == 0 or positions == 0:
-        return reference(x, source, request, against)
     x = x.to("cpu")
     wide = max(1, min(positions, ROWS // groups))
     tall = max(1, min(groups, ROWS // wide))
@@ -97,9 +94,9 @@ def _columns(x: torch.Tensor, head: Head, request: Request, against: torch.Tenso
 
 def _itself(found: Statistics, base: Base, request: Request) -> Statistics:
     """Statistics of the reference's own rows."""
-    zero = torch.zeros_like(base.lse)
-    found.kl, found.cross_entropy = zero, base.entropy
-    found.bound = None if request.precision == "exact" else zero.clone()
+    found.kl = torch.where(base.lse.isnan(), base.lse, 0.0)
+    found.cross_entropy = base.entropy
+    found.bound = None if request.precision == "exact" else torch.zeros_like(base.lse)
     return found.map(lambda v: v.unsqueeze(0))
 
 
@@ -137,7 +134,7 @@ class Pace:
         if precision != "auto":
             return precision == "screened"
         known = self.seconds
-        return True in known and known[True] < known[False] if len(known) == 2 else False in known
+        return known[True] < known[False] if len(known) == 2 else False in known
 
     def note(self, screened: bool, rows: int, seconds: float) -> None:
         """Take a measurement in, if it was of enough rows to mean something."""
@@ -154,7 +151,8 @@ def _pace(head: Head, request: Request, base: Base | None) -> Pace:
 def _redo(found: Statistics, rows: NativeRows, request: Request, base: Base | None, place: torch.Tensor) -> None:
     """Do in full the rows whose bound is beyond what is allowed."""
     assert found.bound is not None
-    bad = (~(found.bound <= request.max_error)).nonzero().squeeze(1)
+    # The bound of a row that was given up is infinite: then its numbers mean nothing, whatever is allowed.
+    bad = (~(found.bound <= request.max_error) | ~torch.isfinite(found.bound)).nonzero().squeeze(1)
     if bad.numel() == 0:
         return
     some, where = rows.some(bad), place[bad]
@@ -215,11 +213,30 @@ class NativeRows(HeadRows):
         lib = library()
         assert lib is not None
         self.lib = lib
-        size, self.lost = head.kept("sizes", lambda: _sizes(lib, head))
-        self.size = head.kept("row_sizes", lambda: size)
+        self.size, self.lost = head.kept("sizes", lambda: _sizes(lib, head))  # rounded up, unlike `Head.row_sizes`
+
+    @cached_property
+    def bound(self) -> torch.Tensor:
+        """Bound [n, 1] on the error of a float32 logit, whatever the numbers are.
+
+        Here the order of summation is known, so the worst case is: see ``roundings`` in scan.c.
+        """
+        d, narrow = self.x.shape[1], self.narrow and self.lib.bfloat16
+        part = max(self.lib.rounding(d, 0), self.lib.rounding(d, 1) if narrow else 0.0) * (1 + 1e-6)
+        largest = self.head.kept("largest_size", lambda: _largest(self.size))
+        size = torch.linalg.vector_norm(self.x, dim=1, keepdim=True, dtype=torch.float64)
+        return part * abs(self.head.scale) * largest * size + 2 * TIE + self.head.extra_error
+
+    @property
+    def finite(self) -> bool:
+        """Whether all rows of the head are."""
+        return self.head.kept("finite_size", lambda: bool(torch.isfinite(self.size).all()))
 
     def at_all(self, ids: torch.Tensor) -> torch.Tensor:
         """Float64 logits at ``ids`` [n, c], row by row -> [n, c]."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.head.vocab_size:
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise IndexError(f"column {wrong} is not in the head, which has columns 0 to {self.head.vocab_size - 1}")
         memory = _Memory(self.lib, self.head, self.x)
         wanted = ids.to("cpu", torch.int64).contiguous()
         out = torch.empty(wanted.shape, dtype=torch.float64)
@@ -254,6 +271,11 @@ def _sizes(lib: Library, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     if lib.sizes(ctypes.byref(memory.job), size.data_ptr(), lost.data_ptr()) != 0:
         raise LogitlabError(NO_MEMORY)
     return size, lost
+
+
+def _largest(sizes: torch.Tensor) -> float:
+    """The largest that is finite: where a row of the head is not, no logit is that could be off."""
+    return float(sizes.where(torch.isfinite(sizes), 0.0).max())
 
 
 def scan(
@@ -295,8 +317,8 @@ def scan(
     slices = min(slices, tiles)
 
     memory = _Memory(lib, head, rows.x)
-    keep = min(head.vocab_size, request.top_k + SPARE)
-    keep_ranked = 0 if request.allowed is None else min(request.columns, request.top_k + SPARE)
+    keep = request.top_k + SPARE  # also of a part with fewer columns, which then takes in what other parts found
+    keep_ranked = 0 if request.allowed is None else keep
     m = 0 if request.targets is None else request.targets.shape[1]
     sums = {name: torch.zeros(slices, n, dtype=torch.float64) for name in ("sum", "moment", "cross")}
     sums["mass"] = torch.zeros(slices, 0 if base is None else base.lse.shape[0], dtype=torch.float64)
@@ -335,9 +357,11 @@ def scan(
     }
     if request.allowed is not None:
         asked["allowed"] = memory.at(request.allowed.to("cpu", torch.uint8).contiguous())
+    target_z = None
     if request.targets is not None:
+        target_z = rows.at_all(request.targets)
         asked["target_ids"] = memory.at(request.targets.to("cpu", torch.int64).contiguous())
-        asked["target_z"] = memory.at(rows.at_all(request.targets))
+        asked["target_z"] = memory.at(target_z)
     if base is not None:
         assert where is not None
         assert isinstance(base.rows, HeadRows)
@@ -356,6 +380,8 @@ def scan(
         setattr(memory.job, name, value)
     if lib.scan(ctypes.byref(memory.job)) != 0:
         raise LogitlabError(NO_MEMORY)
+    if target_z is not None:
+        before[0] += ruled_out_before(target_z, head, request, first)
 
     found = Candidates(best[0][0], best[1][0].long())
     got = {name: values[0] for name, values in sums.items()}

@@ -19,6 +19,9 @@ from logitlab.logits.statistics import Request, Statistics, in_order
 SPARE = 11
 """Candidates beyond top_k: they also carry the float64 correction of the sums."""
 
+MOST_OFF = 8.0
+"""Nats that a rough logit may be off if anything is to be said about its row."""
+
 BASE = 21
 """Top columns of a reference distribution that are looked for, besides `SPARE`: its likeliest weigh in every row."""
 
@@ -36,9 +39,9 @@ class Candidates:
     ids: torch.Tensor
 
     def merge(self, other: Candidates) -> Candidates:
-        """The best of two."""
+        """The best of two, as many as the larger of them holds."""
         z, ids = torch.cat([self.z, other.z], dim=1), torch.cat([self.ids, other.ids], dim=1)
-        best = z.topk(self.z.shape[1], dim=1)
+        best = z.topk(max(self.z.shape[1], other.z.shape[1]), dim=1)
         return Candidates(best.values, ids.gather(1, best.indices))
 
 
@@ -66,6 +69,9 @@ class Rough:
 @dataclass
 class Partial:
     """Sums, counts and candidates of rows over some columns.
+
+    A row with a NaN or +inf among its logits has no distribution; it has a NaN in ``sum`` or ``moment``, or +inf in
+    ``max``, and the rest means nothing.
 
     Attributes:
         max: [n] largest logit.
@@ -116,7 +122,12 @@ class Partial:
         """Sum and moment relative to a larger maximum."""
         shift = (self.max.double() - top.double()).nan_to_num(nan=0.0, neginf=-1e30)
         old = shift.exp()
-        return self.sum * old, torch.where(self.sum > 0, (self.moment + self.sum * shift) * old, 0.0)
+        return self.sum * old, torch.where(self.sum == 0, self.moment, self.moment + self.sum * shift) * old
+
+    @property
+    def broken(self) -> torch.Tensor:
+        """Rows [n] bool without a distribution."""
+        return torch.isnan(self.sum + self.moment) | ~(self.max < torch.inf)
 
 
 def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
@@ -162,10 +173,32 @@ class Base:
         mean, mass = rows.mean_row(self.lse, self.ids)
         rounded = (self.lse.float().double() - self.lse).exp()  # weights are relative to the float32 normaliser
         r = (self.z - self.lse.unsqueeze(1)).exp()
-        likely = torch.stack([rows.weigh(some, ids) for some, ids in zip(r, self.ids, strict=True)])
         total = r.sum(1) + mass * rounded
-        self.mean = (likely + mean * rounded.unsqueeze(1)) / total.unsqueeze(1)
+        self.mean = (rows.weigh(r, self.ids) + mean * rounded.unsqueeze(1)) / total.unsqueeze(1)
         self.lse = self.lse + total.log()
+
+
+def ruled_out_before(target: torch.Tensor, head: Head, request: Request, first: int) -> torch.Tensor:
+    """How many ranked columns of -inf come before each target, [n, m] int64: all of a lower id, if it is -inf too.
+
+    A scan does not compare what is ruled out, so that is added to what it counts.
+
+    Args:
+        target: [n, m] float64, logits of the targets.
+        head: columns ``first`` and on.
+        request: what is wanted, for these rows; its filter is of the head's columns.
+        first: id of the head's first column.
+    """
+    out = target == -torch.inf
+    assert request.targets is not None
+    ids = request.targets.to(target.device)
+    if head.offset is None or not bool(out.any()):
+        return torch.zeros_like(ids)
+    tied = (head.offset.to(target.device) == -torch.inf).long()
+    if request.allowed is not None:
+        tied *= request.allowed.to(target.device)
+    lower = torch.cat([tied.new_zeros(1), tied.cumsum(0)])
+    return torch.where(out, lower[(ids - first).clamp(0, head.vocab_size)], 0)
 
 
 def conclude(
@@ -205,11 +238,33 @@ def conclude(
     if partial.rough is not None:
         result.bound = _bound(partial, lse, entropy, request)
     unsure = _unsure(partial, rows, exact, request)
+    broken = partial.broken
     if result.bound is not None:  # rows that a screened pass has given up are done again as a whole
+        result.bound = result.bound.masked_fill(broken, torch.inf)
         unsure &= torch.isfinite(result.bound)
+    unsure &= ~broken
     if bool(unsure.any()):  # more near-ties than candidates: settle those rows in full
         _settle(result, unsure, rows, source, request)
+    if bool(broken.any()):
+        _give_up(result, broken, request)
     return result
+
+
+def _give_up(result: Statistics, broken: torch.Tensor, request: Request) -> None:
+    """Say of rows without a distribution that they have none: NaN, and ids and ranks as if all columns tied."""
+    sums = result.top_logprob, result.logsumexp, result.entropy
+    for values in (*sums, result.target_logprob, result.kl, result.cross_entropy):
+        if values is not None:
+            values[broken] = torch.nan
+    k, device = result.top_ids.shape[1], result.top_ids.device
+    allowed = None if request.allowed is None else request.allowed.to(device)
+    result.top_ids[broken] = torch.arange(k, device=device) if allowed is None else allowed.nonzero()[:k, 0]
+    if request.targets is not None:
+        assert result.target_rank is not None
+        before = request.targets.to(device)
+        if allowed is not None:
+            before = (allowed.cumsum(0) - allowed.long())[before]
+        result.target_rank[broken] = 1 + before[broken]
 
 
 def _exact(rows: Rows, found: Candidates) -> torch.Tensor:
@@ -222,14 +277,21 @@ def _sums(partial: Partial, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """Log-sum-exp and entropy, the candidates' share taken from their float64 logits."""
     top = partial.max.double().unsqueeze(1)
     real = partial.best.z > -torch.inf
+    # Relative to the largest float64 logit: of logits of 1e10 and more, float32 is off by more than exp can take.
+    pivot = exact.amax(1, keepdim=True)
+    pivot = torch.where(torch.isfinite(pivot), pivot, top)
     rough = torch.where(real, partial.best.z.double() - top, -torch.inf)
-    fine = torch.where(real, exact - top, -torch.inf)
+    fine = torch.where(real, exact - pivot, -torch.inf)
     was, now = rough.exp(), fine.exp()
-    total = partial.sum + (now - was).sum(1)
-    moment = partial.moment + (now * fine.clamp_min(-1e30) - was * rough.clamp_min(-1e30)).sum(1)
+    shift = (top - pivot).nan_to_num(nan=0.0).clamp(-1.0, 1.0).squeeze(1)
+    rest = partial.sum - was.sum(1)
+    rest_moment = partial.moment - (was * rough.clamp_min(-1e30)).sum(1) + rest * shift
+    total = rest * shift.exp() + now.sum(1)
+    moment = rest_moment * shift.exp() + (now * fine.clamp_min(-1e30)).sum(1)
     log = total.log()
-    entropy = torch.where(total > 0, log - moment / total, 0.0)  # of a row of -inf alone there is none
-    return partial.max.double() + log, entropy.clamp_min(0.0)
+    entropy = torch.where(total == 0, 0.0, log - moment / total)  # of a row of -inf alone there is none
+    lse, broken = pivot.squeeze(1) + log, partial.broken
+    return lse.masked_fill(broken, torch.nan), entropy.clamp_min(0.0).masked_fill(broken, torch.nan)
 
 
 def _kl(partial: Partial, rows: Rows, base: Base, place: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -254,30 +316,44 @@ def _kl(partial: Partial, rows: Rows, base: Base, place: torch.Tensor, lse: torc
 def _bound(partial: Partial, lse: torch.Tensor, entropy: torch.Tensor, request: Request) -> torch.Tensor:
     """What screening can have added to the error of any of the statistics, [n] in nats.
 
-    With ``U`` the columns that stayed rough, ``p`` the probabilities as computed and ``b_v`` the most that logit
-    ``v`` can be off, the log-sum-exp is off by at most ``sum_U p_v (e^b_v - 1)``; the derivative of the entropy by a
-    logit is ``-p_v (log p_v + H)``; KL is linear in logits apart from the log-sum-exp. On the way to the true
-    logits no probability changes by more than ``e^2b``, which is what is multiplied on top.
+    ``U`` are the columns that stayed rough, ``p`` the probabilities as computed, ``b_v`` the most that logit ``v`` can
+    be off, ``B`` the largest of them, ``T = sum_U p_v b_v``.
+
+    * log-sum-exp: moved by at most ``log(1 + sum_U p_v (e^b_v - 1)) <= e^B T = L`` up, and by at most ``T`` down
+      (it is convex, and ``p`` its slope); the same holds for any part of the way to the true logits.
+    * entropy: its slope by logit ``v`` is ``-p_v (log p_v + H)``. On the way ``p_v`` grows at most to ``p_v e^C``,
+      ``C = B + L``, and ``-log p_v`` by at most ``C``, so ``H`` grows at most to ``e^C (H + C)``. Neither ``H`` nor
+      ``-log p_v`` is negative, so the slope is nowhere larger than ``p_v e^C (-log p_v + C + e^C (H + C))``. The bound
+      is the sum over ``U`` of that times ``b_v``.
+    * KL: linear in the logits (`Rough.cross`) apart from the log-sum-exp.
+
+    Where ``B`` is above `MOST_OFF` there is no bound: shares below e^-87 are 0 in float32, and ``e^B`` could make them
+    matter. A little is added for ``T`` itself being summed in float32.
     """
     rough = partial.rough
     assert rough is not None
-    gone = torch.isinf(rough.most)
-    slack = (2 * rough.most).exp()
-    of_lse = slack * rough.tail / partial.sum
+    gone = ~(rough.most <= MOST_OFF)
+    most = rough.most.masked_fill(gone, 0.0)
+    up = 1 + 1e-5
+    tail, moment = up * rough.tail / partial.sum, up * rough.moment / partial.sum
+    of_lse = most.exp() * tail
     bound = of_lse
     if request.entropy:
-        gap = (lse - partial.max.double() + entropy) * rough.tail + rough.moment
-        bound = torch.maximum(bound, slack * gap / partial.sum)
+        path = most + of_lse
+        grown = path.exp()
+        # log p_v = (z_v - max) - (lse - max), whose first part is in `moment`
+        slope = (lse - partial.max.double() + path + grown * (entropy + path)) * tail + moment
+        bound = torch.maximum(bound, grown * slope)
     if rough.cross is not None:
-        bound = torch.maximum(bound, of_lse + rough.cross * (1 + 1e-6))
+        bound = torch.maximum(bound, of_lse + rough.cross * up)
     return bound.masked_fill(gone, torch.inf)
 
 
 def _unsure(partial: Partial, rows: Rows, exact: torch.Tensor, request: Request) -> torch.Tensor:
     """Rows [n] bool whose candidates may lack a column that belongs to the top."""
-    if partial.ranked.z.shape[1] >= request.columns:
-        return torch.zeros(exact.shape[0], dtype=torch.bool, device=exact.device)
     kth = exact.topk(request.top_k, dim=1).values[:, -1]
+    if partial.ranked.z.shape[1] >= request.columns:
+        return kth == -torch.inf  # columns of -inf are no candidates
     return partial.ranked.z.amin(dim=1).double() >= kth - rows.bound.squeeze(1)
 
 

@@ -9,6 +9,7 @@ from logitlab.logits.statistics import TIE, Request, Statistics
 
 ROWS = 16
 COLUMNS = 8192
+MOST = torch.finfo(torch.float32).max
 
 
 def reference(
@@ -36,29 +37,46 @@ def float64_logits(x: torch.Tensor, source: Head | LogitSource) -> torch.Tensor:
 
 
 def _rows(x: torch.Tensor, source: Head | LogitSource, request: Request, against: torch.Tensor | None) -> Statistics:
-    z = float64_logits(x, source)
+    z, steps = _without_nonsense(float64_logits(x, source))
     lse = torch.logsumexp(z, dim=-1)
     logp = z - lse.unsqueeze(-1)
     p = logp.exp()
-    steps = torch.round(z / TIE)
+    own_steps = steps
     if request.allowed is not None:
-        steps = steps.masked_fill(~request.allowed, -torch.inf)
-    top = torch.argsort(steps, dim=-1, descending=True, stable=True)[:, : request.top_k]
+        steps = steps.masked_fill(~request.allowed.to(z.device), -torch.inf)
+    top = torch.argsort(steps, dim=-1, descending=True, stable=True)
+    if request.allowed is not None:  # a column that is not ranked may tie with one of -inf
+        top = top.gather(1, torch.argsort((~request.allowed.to(z.device))[top].int(), dim=-1, stable=True))
+    top = top[:, : request.top_k]
     result = Statistics(top, logp.gather(1, top), lse)
     if request.entropy:
-        result.entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+        entropy = -torch.where(p == 0, 0.0, p * logp).sum(-1)
+        result.entropy = torch.where(lse == -torch.inf, 0.0, entropy)  # of a row of -inf alone there is none
     if request.targets is not None:
         ids = request.targets.to(z.device)
         result.target_logprob = logp.gather(1, ids)
         ranks = []
         for column in ids.unbind(1):
-            own = torch.round(z.gather(1, column.unsqueeze(1)) / TIE)
+            own = own_steps.gather(1, column.unsqueeze(1))
             first = (steps > own) | ((steps == own) & (torch.arange(z.shape[1], device=z.device) < column.unsqueeze(1)))
+            if request.allowed is not None:
+                first &= request.allowed.to(z.device)
             ranks.append(1 + first.sum(-1))
         result.target_rank = torch.stack(ranks, dim=-1) if ranks else ids
     if against is not None:
-        logr = torch.log_softmax(float64_logits(against, source), dim=-1)
+        logr = torch.log_softmax(_without_nonsense(float64_logits(against, source))[0], dim=-1)
         r = logr.exp()
-        result.kl = torch.where(r > 0, r * (logr - logp), 0.0).sum(-1).clamp_min(0.0)
-        result.cross_entropy = -torch.where(r > 0, r * logp, 0.0).sum(-1)
+        broken = torch.isnan(lse)
+        result.kl = torch.where(r == 0, 0.0, r * (logr - logp)).sum(-1).clamp_min(0.0)
+        result.kl = result.kl.masked_fill(broken, torch.nan)  # also where what is NaN has no weight
+        result.cross_entropy = (-torch.where(r == 0, 0.0, r * logp).sum(-1)).masked_fill(broken, torch.nan)
     return result.map(lambda v: v.unsqueeze(0))
+
+
+def _without_nonsense(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [n, V] and the steps that they are ranked by; all NaN, and all tied, in rows that have no distribution.
+
+    Those are rows with a NaN or +inf among their logits; what float32 does not hold counts as infinite.
+    """
+    broken = (torch.isnan(z) | (z > MOST)).any(dim=-1, keepdim=True)
+    return z.masked_fill(broken, torch.nan), torch.round(z / TIE).masked_fill(broken, 0.0)

@@ -59,8 +59,16 @@ class HeadRows:
 
     @property
     def linear(self) -> bool:
-        """Whether differences of logits are differences of rows times the head: no soft-cap bends them."""
-        return self.head.softcap is None
+        """Whether differences of logits are differences of rows times the head.
+
+        No soft-cap bends them, and no weight is infinite, which could not be weighed with a probability of 0.
+        """
+        return self.head.softcap is None and self.finite
+
+    @property
+    def finite(self) -> bool:
+        """Whether all rows of the head are."""
+        return self.head.kept("finite", lambda: bool(torch.isfinite(self.head.row_sizes).all()))
 
     def mean_row(self, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's rows in the mean that each row's own distribution takes of them.
@@ -85,8 +93,13 @@ class HeadRows:
         return total, mass
 
     def weigh(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Sum [d] of a few rows of the head times weights [c] float64."""
-        return weights @ self.head.weight[ids].double()
+        """Sums [n, d] of rows ``ids`` [n, c] of the head times weights [n, c], float64."""
+        size = max(1, PAIR_VALUES // (ids.shape[1] * self.x.shape[1]))
+        parts = [
+            torch.einsum("nc,ncd->nd", w, self.head.weight[i].double())
+            for w, i in zip(weights.split(size), ids.split(size), strict=True)
+        ]
+        return torch.cat(parts)
 
     def along(self, vectors: torch.Tensor, place: torch.Tensor, base: HeadRows) -> torch.Tensor:
         """``scale (x_base - x) . vectors`` [n] float64, each row with the vector and the base row of its place."""
@@ -102,7 +115,8 @@ class HeadRows:
 
         Rounding errors of a sum of d products behave like a random walk, so they stay below
         ``2 sqrt(d) u |x| |w|`` (Higham and Mary 2019, with u = 2**-24) with room to spare: |x| |w|
-        already over-estimates the sum of absolute products.
+        already over-estimates the sum of absolute products. That is likely, not certain: in which order a
+        library sums is not known. `NativeRows` knows its own and has the worst case.
         """
         d = self.x.shape[1]
         slack = 2 * math.sqrt(d) * 2.0**-24 * self.head.largest_row * abs(self.head.scale)

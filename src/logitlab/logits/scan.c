@@ -1,8 +1,8 @@
 /*
  * One pass over the vocabulary, statistics taken while logits are in the nearest cache.
  *
- * Compiled on the user's own machine by logitlab.logits.native, which also says what goes in and out; plain C11 with
- * the vector types of GCC and Clang. Definitions are those of logitlab/logits/statistics.py.
+ * Compiled on the user's own machine by logitlab/logits/compiled.py, which also declares what goes in and out; plain
+ * C11 with the vector types of GCC and Clang. Definitions are those of logitlab/logits/statistics.py.
  *
  * How it goes
  *   - A lane of a vector is a row to decode, so running maxima, sums and counts of many rows are single
@@ -10,7 +10,12 @@
  *   - Columns (head rows) go in tiles that stay in the second-level cache while all panels of a block use them.
  *   - logits of [tile x PANEL] live in the first-level cache: written by `product`, read by `accumulate`.
  *   - Work is cut into (block of rows) x (slice of columns); threads take the next piece until none is left.
- *     What two slices found is merged at the end. How work is cut does not depend on the number of threads.
+ *     What two slices found is merged at the end. Each piece is summed by one thread in one order, so for a given cut
+ *     the numbers do not depend on who does it; by default native.py cuts by the number of threads, though.
+ *
+ * Numbers that are none
+ *   A row with a NaN or an infinite positive logit has no distribution. `moment` of such a row is NaN, and that is how
+ *   Python knows it; its candidates and counts are in range but mean nothing.
  *
  * Three modes
  *   EXACT      float32 products.
@@ -34,7 +39,7 @@
 #include <arm_neon.h>
 #endif
 
-#define ABI 1 /* changes with `struct job`; checked by native.py */
+#define ABI 2 /* changes with `struct job`; checked by compiled.py */
 
 /* Registers: MV x NV accumulators, NV vectors of rows and one broadcast column. */
 #if defined(LOGITLAB_LANES) /* for tests of the plain path */
@@ -64,6 +69,13 @@
 #define HAS_BFLOAT16 1
 #else
 #define HAS_BFLOAT16 0
+#endif
+
+/* Half precision by instruction; builds with the shortest vectors have the plain way, which is tested that way. */
+#if LANES >= 8 && defined(__F16C__)
+#define HAS_FLOAT16 1
+#else
+#define HAS_FLOAT16 0
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -101,7 +113,7 @@ struct job {
   int64_t n_blocks, n_ref, ref_keep, targets;
   int64_t keep, keep_ranked;  /* candidates; keep_ranked is 0 without `allowed` */
   int64_t slices, tile, threads;
-  float scale, softcap;       /* softcap 0: none */
+  double scale, softcap;      /* softcap 0: none */
   float theta;                /* SCREENED: columns less likely than exp(-theta) may stay rough */
   float theta_ref;            /* the same of the reference's probabilities */
   float patience;             /* SCREENED: a row of which more columns had to be computed again is given up */
@@ -126,6 +138,7 @@ INLINE vf loadu(const float *p) { return *(const vfu *)p; }
 INLINE void store(float *p, vf a) { *(vf *)p = a; }
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
+/* The larger; the second where one of them is NaN (on ARM NaN then, which does for all uses here too). */
 INLINE vf vmax(vf a, vf b) {
 #if LANES == 16
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -171,13 +184,13 @@ INLINE vf vexp(vf x) {
   return (vf)((vi)e & (vi)(x > -87.0f));
 }
 
-/* tanh(x), absolute error below 2e-7. */
+/* tanh(x), absolute error below 2e-7; NaN of NaN. */
 INLINE vf vtanh(vf x) {
   vf a = vabs(x);
   a = choose(a > 20.0f, splat(20.0f), a);
   vf e = vexp(a * -2.0f);
   vf y = (1.0f - e) / (1.0f + e);
-  return (vf)((vi)y | ((vi)x & (int32_t)0x80000000));
+  return choose(x == x, (vf)((vi)y | ((vi)x & (int32_t)0x80000000)), x);
 }
 
 /* -- numbers of 16 bits ------------------------------------------------------------------------------------------ */
@@ -198,12 +211,30 @@ INLINE float from_bfloat16(uint16_t h) { return bits_float((uint32_t)h << 16); }
 
 INLINE uint16_t to_bfloat16(float f) { /* to nearest, ties to even */
   uint32_t u = float_bits(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40); /* NaN: rounding could carry it into a number */
   return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+/* No step is a subnormal float32, which processors may be told to take for zero. */
 INLINE float from_float16(uint16_t h) {
-  float f = bits_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
-  return bits_float(float_bits(f) | (uint32_t)(h & 0x8000) << 16);
+  uint32_t exponent = h & 0x7c00, usual = ((uint32_t)(h & 0x7fff) << 13) + 0x38000000; /* 127 - 15 = 112 more */
+  uint32_t u = exponent == 0        ? float_bits((float)(h & 0x3ff) * 0x1p-24f)
+               : exponent == 0x7c00 ? usual + 0x38000000 /* infinite or NaN: all ones */
+                                    : usual;
+  return bits_float(u | (uint32_t)(h & 0x8000) << 16);
+}
+
+/* LANES numbers in half precision. */
+INLINE vf load_float16(const uint16_t *p) {
+#if HAS_FLOAT16 && LANES == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif HAS_FLOAT16
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+  vf out;
+  for (int i = 0; i < LANES; i++) out[i] = from_float16(p[i]);
+  return out;
+#endif
 }
 
 static void narrow(const float *restrict from, int64_t d, uint16_t *restrict out) {
@@ -226,8 +257,12 @@ static void widen(const struct job *j, int64_t v, float *restrict out) {
     memcpy(out, w, (size_t)j->d * 4);
   else if (j->w_type == W_BFLOAT16)
     for (int64_t k = 0; k < j->d; k++) out[k] = from_bfloat16(((const uint16_t *)w)[k]);
-  else
-    for (int64_t k = 0; k < j->d; k++) out[k] = from_float16(((const uint16_t *)w)[k]);
+  else {
+    const uint16_t *h = w;
+    int64_t k = 0;
+    for (; k + LANES <= j->d; k += LANES) *(vfu *)(out + k) = load_float16(h + k);
+    for (; k < j->d; k++) out[k] = from_float16(h[k]);
+  }
 }
 
 /* -- single products --------------------------------------------------------------------------------------------- */
@@ -242,11 +277,10 @@ static double dot64(const struct job *j, const float *restrict x, const void *re
       vf a = loadu(x + k + c * LANES), b;
       if (j->w_type == W_FLOAT32)
         b = loadu((const float *)w + k + c * LANES);
+      else if (j->w_type == W_BFLOAT16)
+        for (int i = 0; i < LANES; i++) b[i] = from_bfloat16(((const uint16_t *)w)[k + c * LANES + i]);
       else
-        for (int i = 0; i < LANES; i++) {
-          uint16_t h = ((const uint16_t *)w)[k + c * LANES + i];
-          b[i] = j->w_type == W_BFLOAT16 ? from_bfloat16(h) : from_float16(h);
-        }
+        b = load_float16((const uint16_t *)w + k + c * LANES);
       acc[c] += __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd);
     }
   double sum = 0;
@@ -263,7 +297,7 @@ static double dot64(const struct job *j, const float *restrict x, const void *re
 static double postmap64(const struct job *j, double z, int64_t v) {
   if (j->bias) z += j->bias[v];
   if (j->softcap != 0)
-    z = tanh(z * ((double)j->scale / j->softcap)) * j->softcap;
+    z = tanh(z * (j->scale / j->softcap)) * j->softcap;
   else
     z *= j->scale;
   return j->offset ? z + j->offset[v] : z;
@@ -439,14 +473,14 @@ struct tile {
 
 /* Bias, scale, cap and offset, for logits [count, PANEL]. */
 static void postmap(const struct job *j, float *restrict z, int64_t start, int64_t count) {
-  if (!j->bias && !j->offset && j->scale == 1.0f && j->softcap == 0) return;
-  float slope = j->softcap != 0 ? j->scale / j->softcap : j->scale;
+  if (!j->bias && !j->offset && j->scale == 1 && j->softcap == 0) return;
+  float cap = (float)j->softcap, slope = (float)(j->softcap != 0 ? j->scale / j->softcap : j->scale);
   for (int64_t v = 0; v < count; v++) {
     float b = j->bias ? j->bias[start + v] : 0, o = j->offset ? j->offset[start + v] : 0;
     for (int i = 0; i < NV; i++) {
       float *p = z + v * PANEL + i * LANES;
       vf y = (load(p) + b) * slope;
-      if (j->softcap != 0) y = vtanh(y) * j->softcap;
+      if (j->softcap != 0) y = vtanh(y) * cap;
       store(p, y + o);
     }
   }
@@ -454,9 +488,39 @@ static void postmap(const struct job *j, float *restrict z, int64_t start, int64
 
 #define DEPTH 192 /* of a product: a panel's part stays in the first cache, and short sums round less than long ones */
 
+/* How many of the numbers that are left one product takes. */
+INLINE int64_t depth(int64_t left) { return left < DEPTH + DEPTH / 2 ? left : DEPTH; /* no short rest */ }
+
+/*
+ * The most roundings that any product x_k w_k goes through on its way into a float32 logit; with n of them a logit is
+ * off by at most n u / (1 - n u) |scale| |x| |w|, u = 2^-24 (Higham 2002, section 3.1; Cauchy and Schwarz).
+ *
+ *   product            `depth` terms in one chain from 0, a rounding each where products and sums are one instruction,
+ *                      and one more for the product itself where they are not; then one for each chain added.
+ *   product_bfloat16   the same with a pair for each step: both products of a pair are added, so two roundings a step.
+ *   dot32              four chains of vectors, lanes (16 at most) put together, the rest one by one; never more than d.
+ *   postmap            bias, scale (itself rounded to float32, and over the cap rounded once more), offset: 5. What they
+ *                      add to the size of what is rounded is in `Head.extra_error`.
+ */
+static int64_t roundings(int64_t d, int bfloat16) {
+  int64_t steps = bfloat16 ? (d + 1) / 2 : d, longest = 0, chains = 0, widest = d / (4 * LANES) + 4 + 2 + 2 * LANES;
+  for (int64_t k = 0, some; k < steps; k += some, chains++) {
+    some = depth(steps - k);
+    if (some > longest) longest = some;
+  }
+  int64_t most = (bfloat16 ? 2 * longest : longest) + chains;
+  if (widest > d) widest = d;
+  return (most > widest ? most : widest) + 1 + 5;
+}
+
+static double roundings_part(int64_t d, int bfloat16) {
+  double n = (double)roundings(d, bfloat16) * 0x1p-24;
+  return n < 0.5 ? n / (1 - n) : INFINITY;
+}
+
 static void multiply(const struct job *j, const float *x, const struct tile *t, float *z) {
   for (int64_t k = 0; k < j->d; k += DEPTH) {
-    int64_t d = j->d - k < DEPTH + DEPTH / 2 ? j->d - k : DEPTH; /* no short rest */
+    int64_t d = depth(j->d - k);
     for (int64_t v = 0; v < t->count; v += MV) product(d, x + k * PANEL, t->w + v * t->ldw + k, t->ldw, z + v * PANEL, k > 0);
     if (d > DEPTH) break;
   }
@@ -466,7 +530,7 @@ static void multiply_bfloat16(const struct job *j, const uint32_t *x, const stru
 #if HAS_BFLOAT16
   int64_t d2 = (j->d + 1) / 2;
   for (int64_t k = 0; k < d2; k += DEPTH) {
-    int64_t d = d2 - k < DEPTH + DEPTH / 2 ? d2 - k : DEPTH;
+    int64_t d = depth(d2 - k);
     for (int64_t v = 0; v < t->count; v += MV) product_bfloat16(d, x + k * PANEL, w + v * d2 + k, d2, z + v * PANEL, k > 0);
     if (d > DEPTH) break;
   }
@@ -552,6 +616,7 @@ static void screen(const struct job *j, struct scratch *s, struct panel *p, int6
     alive |= (uint32_t)going << lane;
   }
   float least = expf(-j->theta_ref);
+  float cap = (float)j->softcap, slope = (float)(j->softcap != 0 ? j->scale / j->softcap : j->scale);
   for (int64_t v = 0; v < t->count; v++) {
     uint32_t again = 0;
     for (int i = 0; i < NV; i++) {
@@ -573,7 +638,7 @@ static void screen(const struct job *j, struct scratch *s, struct panel *p, int6
       int32_t row = p->row[lane];
       float y = dot32(j->x + row * j->d, t->w + v * t->ldw, j->d);
       if (j->bias) y += j->bias[t->start + v];
-      y = j->softcap != 0 ? tanhf(y * (j->scale / j->softcap)) * j->softcap : y * j->scale;
+      y = j->softcap != 0 ? tanhf(y * slope) * cap : y * slope;
       z[v * PANEL + lane] = j->offset ? y + j->offset[t->start + v] : y;
       p->again[lane]++;
     }
@@ -597,10 +662,10 @@ INLINE void sum_tile(struct scratch *s, struct panel *p, const float *z, const s
       vf sum[2] = {{0}}, moment[2] = {{0}}, cross[2] = {{0}}, tail = {0}, tail_moment = {0}, tail_cross = {0};
       for (int64_t v = start; v < end; v++) {
         vf y = load(z + v * PANEL + i * LANES);
-        vf low = vmax(y - top, splat(-87.5f)); /* exp is 0 there, and 0 times -inf would not be */
+        vf low = vmax(splat(-87.5f), y - top); /* exp is 0 there, and 0 times -inf would not be */
         vf e = vexp(low);
         sum[v & 1] += e;
-        moment[v & 1] += e * low;
+        moment[v & 1] += e * low; /* NaN where y is, or is infinite: vmax gives its second argument then */
         vf weight = {0};
         if (kl) {
           weight = reference_lanes(p, s->ref_w + v * s->wide, i);
@@ -640,14 +705,14 @@ static void accumulate(const struct job *j, struct scratch *s, struct panel *p, 
   uint32_t better = 0;
   for (int i = 0; i < NV; i++) {
     vf top = load(z + i * LANES);
-    for (int64_t v = 1; v < t->count; v++) top = vmax(top, load(z + v * PANEL + i * LANES));
+    for (int64_t v = 1; v < t->count; v++) top = vmax(load(z + v * PANEL + i * LANES), top);
     if (above(top, load(p->worst + i * LANES))) better = 1;
     if (!above(top, load(p->max + i * LANES))) continue;
     for (int l = 0; l < LANES; l++) { /* sums are relative to the largest logit: it has grown */
       int lane = i * LANES + l;
       if (!(top[l] > p->max[lane])) continue;
       double shift = (double)p->max[lane] - top[l], old = exp(shift);
-      p->moment[lane] = p->sum[lane] > 0 ? (p->moment[lane] + p->sum[lane] * shift) * old : 0;
+      p->moment[lane] = (p->moment[lane] + p->sum[lane] * shift) * old; /* NaN stays, and comes where top is infinite */
       p->tail_moment[lane] = p->tail[lane] > 0 ? (p->tail_moment[lane] - p->tail[lane] * shift) * old : 0;
       p->sum[lane] *= old;
       p->tail[lane] *= old;
@@ -673,11 +738,12 @@ static void pack(const float *x, int64_t d, const int32_t *rows, float *restrict
   for (int64_t k = 0; k < d; k += 16) { /* a cache line of each row at a time */
     int64_t end = k + 16 < d ? k + 16 : d;
     for (int lane = 0; lane < PANEL; lane++) {
-      const float *row = x + rows[lane] * d;
-      if (rows[lane] < 0)
+      if (rows[lane] < 0) {
         for (int64_t i = k; i < end; i++) out[i * PANEL + lane] = 0;
-      else
-        for (int64_t i = k; i < end; i++) out[i * PANEL + lane] = row[i];
+        continue;
+      }
+      const float *row = x + rows[lane] * d;
+      for (int64_t i = k; i < end; i++) out[i * PANEL + lane] = row[i];
     }
   }
 }
@@ -716,7 +782,7 @@ static struct tile prepare(const struct job *j, struct scratch *s, int64_t start
   if (j->w_type == W_FLOAT32 && start + full <= j->columns) {
     t.w = (const float *)j->w + start * j->ldw;
     t.ldw = j->ldw;
-  } else if (s->w) {
+  } else if (j->mode != BFLOAT16 || j->place) { /* in that mode only the reference is multiplied in float32 */
     for (int64_t v = 0; v < full; v++) {
       if (v < count)
         widen(j, start + v, s->w + v * j->d);
@@ -726,7 +792,8 @@ static struct tile prepare(const struct job *j, struct scratch *s, int64_t start
   }
   if (j->mode == EXACT) return t;
   int64_t d2 = (j->d + 1) / 2;
-  float slack = (float)(2 * sqrt((double)j->d) * 0x1p-24);
+  /* Narrowed numbers are summed, which are up to 2^-8 larger each. */
+  float slack = j->mode == SCREENED ? (float)(roundings_part(j->d, 1) * 1.01) : 0;
   for (int64_t v = 0; v < full; v++) {
     uint16_t *out = (uint16_t *)(s->wb + v * d2);
     out[2 * d2 - 1] = 0;
@@ -807,7 +874,7 @@ static void begin(const struct job *j, struct scratch *s, int64_t b, int64_t sli
       if (j->mode != SCREENED || row < 0) continue;
       double size = 0;
       for (int64_t k = 0; k < j->d; k++) size += (double)j->x[row * j->d + k] * j->x[row * j->d + k];
-      p->size[lane] = (float)(sqrt(size) * fabsf(j->scale) * (1 + 1e-6));
+      p->size[lane] = (float)(sqrt(size) * fabs(j->scale) * (1 + 1e-6));
       if (slice == 0) continue;
       p->known[lane] = j->max[row] + log_below(j->sum[row]);
       p->known_worst[lane] = j->keep_ranked ? fminf(j->best_z[row * j->keep], j->ranked_z[row * j->keep_ranked])
@@ -894,7 +961,8 @@ static void merge(const struct job *j, int64_t row) {
     double sum = 0, moment = 0, tail = 0, tail_moment = 0;
     for (int i = 0; i < 2; i++) {
       double shift = (double)j->max[at[i]] - top, old = exp(shift);
-      if (j->sum[at[i]] > 0) sum += j->sum[at[i]] * old, moment += (j->moment[at[i]] + j->sum[at[i]] * shift) * old;
+      if (j->sum[at[i]] > 0 || j->moment[at[i]] != 0) /* or NaN */
+        sum += j->sum[at[i]] * old, moment += (j->moment[at[i]] + j->sum[at[i]] * shift) * old;
       if (j->mode == SCREENED && j->tail[at[i]] > 0)
         tail += j->tail[at[i]] * old, tail_moment += (j->tail_moment[at[i]] - j->tail[at[i]] * shift) * old;
     }
@@ -1016,6 +1084,9 @@ struct facts {
 void logitlab_facts(struct facts *f) {
   *f = (struct facts){ABI, sizeof(struct job), PANEL, MV, HAS_BFLOAT16};
 }
+
+/* By how much a logit can be off by rounding, as a part of |scale| |x| |w|; see `roundings`. */
+double logitlab_rounding(int64_t d, int64_t bfloat16) { return roundings_part(d, bfloat16 != 0); }
 
 /* Scan; 0 when done, 1 when memory ran out, 2 when this machine has no such mode. */
 int logitlab_scan(const struct job *j) {

@@ -9,18 +9,24 @@ Definitions, for logits ``z`` of one row, ``lse = log sum_v exp z_v`` and ``p = 
 * rank of ``v``: 1 + the number of columns that come before it. A column comes before another
   when its logit is larger or, in a tie, when its id is smaller. Logits that agree to 2**-30 are tied,
   so ranks do not depend on the device that summed them.
+
+A row with a NaN or +inf among its logits (or one that float32 does not hold) has no distribution: all of the above are
+NaN, and ids and ranks are those of a row whose columns all tie.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
 
-from logitlab.errors import InputError
+from logitlab.errors import InputError, KernelError
 from logitlab.logits.head import Head, LogitSource
 
 TIE = 2.0**-30
@@ -206,7 +212,7 @@ def statistics(
         backend: one of `BACKENDS`.
 
     Raises:
-        InputError: a size, id or name is out of range, or the backend cannot run here.
+        InputError: a shape, size, id or name is wrong, or the backend cannot run here.
 
     Example:
         >>> head = Head(torch.eye(3))
@@ -216,6 +222,7 @@ def statistics(
     """
     from logitlab.logits.choose import check_precision, choose, run_of
 
+    _check_rows(x, source, reference)
     if x.ndim == 2:
         x = x.unsqueeze(0)
     size = source.vocab_size
@@ -227,33 +234,122 @@ def statistics(
     if top_k < 1:
         raise InputError(f"top_k is {top_k}; it must be at least 1")
     check_precision(precision)
-    if not max_error > 0:
-        raise InputError(f"max_error is {max_error}; it is a number of nats above 0")
+    if not _is_number(max_error) or not 0 < max_error < math.inf:
+        raise InputError(f"max_error is {max_error!r}; it is a number of nats above 0, such as {MAX_ERROR}")
     if targets is not None:
         targets = _checked_targets(targets, x.shape[1], size)
     name = choose(backend, source)
-    request = Request(min(top_k, columns), columns, targets, allowed, entropy, precision, max_error)
+    request = Request(min(top_k, columns), columns, targets, allowed, entropy, precision, float(max_error))
+    if 0 in x.shape[:2]:
+        return _of_nothing(x, request, reference)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
-        found = run_of(name)(x, source, request, reference)
+        try:
+            found = run_of(name)(x, source, request, reference)
+        except KernelError:  # the next call will know
+            if backend != "auto":
+                raise
+            found = run_of("tiled")(x, source, request, reference)
     if precision != "exact" and found.bound is None:  # a backend that has nothing to screen does all rows in full
         found.bound = torch.zeros_like(found.logsumexp)
     return found
 
 
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def _check_rows(x: torch.Tensor, source: Head | LogitSource, reference: torch.Tensor | None) -> None:
+    """Refuse rows of a wrong shape: compiled code would read beyond them."""
+    shape = tuple(x.shape)
+    if x.ndim not in (2, 3):
+        raise InputError(f"the rows have shape {shape}; give [groups, positions, d] or [positions, d]")
+    if isinstance(source, Head) and shape[-1] != source.weight.shape[1]:
+        width = source.weight.shape[1]
+        raise InputError(f"the rows have shape {shape}, but the head takes rows of width {width}; give [..., {width}]")
+    if reference is not None and tuple(reference.shape) != shape[-2:]:
+        raise InputError(
+            f"the reference has shape {tuple(reference.shape)}; the rows have shape {shape}, so give one row for each"
+            f" position, {list(shape[-2:])}"
+        )
+
+
+def _of_nothing(x: torch.Tensor, request: Request, reference: torch.Tensor | None) -> Statistics:
+    """Statistics of no groups or no positions."""
+
+    def empty(*last: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return x.new_zeros((*x.shape[:2], *last), dtype=dtype)
+
+    found = Statistics(empty(request.top_k, dtype=torch.int64), empty(request.top_k), empty())
+    if request.entropy:
+        found.entropy = empty()
+    if request.targets is not None:
+        m = request.targets.shape[1]
+        found.target_logprob, found.target_rank = empty(m), empty(m, dtype=torch.int64)
+    if reference is not None:
+        found.kl, found.cross_entropy = empty(), empty()
+    if request.precision != "exact":
+        found.bound = empty()
+    return found
+
+
+class _Switches:
+    """The process's settings that let PyTorch compute float32 products in TF32 or bfloat16.
+
+    Threads share them. So the first that needs full products switches them, and the last one that does switches them
+    back; in between, products of other threads are full as well.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._restore: list[Callable[[], object]] = []
+
+    def enter(self) -> None:
+        """Have full products from now on."""
+        with self._lock:
+            if self._inside == 0:
+                self._restore = _switch_off()
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Have what was set before, if nobody else needs full products."""
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for restore in self._restore:
+                    restore()
+
+
+_switches = _Switches()
+
+
+def _switch_off() -> list[Callable[[], object]]:
+    """Have float32 products computed in float32; what to call to undo that."""
+    places: list[Any] = [torch.backends.mkldnn, torch.backends.cuda]
+    settings = [p.matmul for p in places if hasattr(getattr(p, "matmul", None), "fp32_precision")]
+    if not settings:  # before PyTorch 2.9 there is one setting for all
+        before = torch.get_float32_matmul_precision()
+        if before == "highest":
+            return []
+        torch.set_float32_matmul_precision("highest")
+        return [lambda: torch.set_float32_matmul_precision(before)]
+    undo: list[Callable[[], object]] = []
+    for setting in settings:
+        value = setting.fp32_precision
+        if value not in ("none", "ieee"):
+            setting.fp32_precision = "ieee"
+            undo.append(lambda s=setting, v=value: setattr(s, "fp32_precision", v))
+    return undo
+
+
 @contextmanager
 def _full_products() -> Generator[None]:
     """Have float32 products computed in float32, also where the user lets PyTorch use TF32 or bfloat16 for them."""
-    places: list[Any] = [torch.backends.mkldnn, torch.backends.cuda]
-    settings = [p.matmul for p in places if hasattr(getattr(p, "matmul", None), "fp32_precision")]
-    before = [setting.fp32_precision for setting in settings]
-    loose = [(s, value) for s, value in zip(settings, before, strict=True) if value not in ("none", "ieee")]
+    _switches.enter()
     try:
-        for setting, _ in loose:
-            setting.fp32_precision = "ieee"
         yield
     finally:
-        for setting, value in loose:
-            setting.fp32_precision = value
+        _switches.leave()
 
 
 def _checked_targets(targets: torch.Tensor, positions: int, size: int) -> torch.Tensor:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 
 from logitlab.logits.head import Head, LogitSource
-from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude
-from logitlab.logits.reference import reference
-from logitlab.logits.rows import Rows, rows_of
+from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude, ruled_out_before
+from logitlab.logits.rows import HeadRows, Rows, rows_of
 from logitlab.logits.statistics import TIE, Request, Statistics
 
 ROWS = 1024
@@ -38,8 +37,6 @@ def tiled(x: torch.Tensor, source: Head | LogitSource, request: Request, against
             base = Base.of(rows, scan(rows, source.vocab_size, Request(BASE, source.vocab_size)))
         parts = [_block(x[g : g + tall, part], source, request.at(part), base) for g in range(0, groups, tall)]
         columns.append(Statistics.join(parts, dim=0))
-    if not columns:
-        return reference(x, source, request, against)
     return Statistics.join(columns, dim=1)
 
 
@@ -81,10 +78,11 @@ class _Scan:
     def __init__(self, rows: Rows, size: int, request: Request, base: Base | None, first: int) -> None:
         self.rows, self.size, self.request, self.base, self.first = rows, size, request, base, first
         n, device = rows.bound.shape[0], rows.bound.device
-        best = _empty(n, min(size, request.top_k + SPARE), first, device)
+        keep = request.top_k + SPARE  # also of a part with fewer columns, which then takes in what other parts found
+        best = _empty(n, keep, first, device)
         ranked = best
         if request.allowed is not None:  # what is ranked is then not what weighs most in the sums
-            ranked = _empty(n, min(request.columns, request.top_k + SPARE), first, device)
+            ranked = _empty(n, keep, first, device)
 
         def zeros() -> torch.Tensor:
             return torch.zeros(n, dtype=torch.float64, device=device)
@@ -97,8 +95,12 @@ class _Scan:
         if request.targets is not None:
             self.ids = request.targets.to(device)
             self.target = rows.at_all(self.ids)
-            self.low, self.high = (self.target - rows.bound).float(), (self.target + rows.bound).float()
+            # Columns of -inf, ruled out or filtered, are not compared.
+            self.low = (self.target - rows.bound).float().clamp_min(torch.finfo(torch.float32).min)
+            self.high = (self.target + rows.bound).float()
             self.partial.before = torch.zeros_like(self.ids)
+            if isinstance(rows, HeadRows):
+                self.partial.before += ruled_out_before(self.target, rows.head, request, first)
 
     def run(self) -> None:
         """Go over all tiles."""
@@ -131,7 +133,7 @@ class _Scan:
             found = z[rows.unsqueeze(1), ids.clamp_max(width - 1)].masked_fill(ids >= width, -torch.inf)
             mine = Candidates(best.z[rows], best.ids[rows])
             new = mine.merge(Candidates(found, ids.clamp_max(width - 1) + columns.start + self.first))
-            best.z[rows], best.ids[rows] = new.z, new.ids
+            best.z[rows], best.ids[rows] = new.z[:, :keep], new.ids[:, :keep]  # best first
         return top
 
     def _sums(self, z: torch.Tensor, top: torch.Tensor) -> None:
@@ -195,10 +197,14 @@ class _Scan:
             before[row, m] += (near & first).sum(dim=1)
 
     def _first(self, z: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, m: int) -> torch.Tensor:
-        """Whether columns with float64 logits ``z`` come before target ``m`` of their rows."""
+        """Whether columns with float64 logits ``z`` come before target ``m`` of their rows.
+
+        It never comes before itself: summed in another order, a large logit may come out larger than the target's.
+        """
         assert self.target is not None
         steps, own = torch.round(z / TIE), torch.round(self.target[rows, m] / TIE)
-        return (steps > own) | ((steps == own) & (columns + self.first < self.ids[rows, m]))
+        ids, its = columns + self.first, self.ids[rows, m]
+        return ((steps > own) & (ids != its)) | ((steps == own) & (ids < its))
 
 
 def _weighted_sums(z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
