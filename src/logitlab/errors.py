@@ -20,7 +20,7 @@ class KernelError(LogitlabError):
 
 
 class OutOfMemoryError(LogitlabError):
-    """There is not enough memory for a forward pass."""
+    """There is not enough memory for a forward pass, or to decode what it left."""
 
 
 class VerificationError(ModelError):

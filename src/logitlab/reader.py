@@ -16,7 +16,7 @@ from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
 from logitlab.logits import Asked, LogitSource, Statistics, statistics
-from logitlab.logits.choose import check_precision, choose
+from logitlab.logits.choose import check_max_error, check_precision, choose
 from logitlab.logits.independent import independent
 from logitlab.logits.statistics import MAX_ERROR
 from logitlab.models.capture import Activations, activations_of, by_tokens, keys_of, select_positions
@@ -33,8 +33,8 @@ from logitlab.states import StateReading, check_concepts, pictures_of, read_stat
 from logitlab.table import Table
 from logitlab.targets import VocabularyFilter, allowed_columns, resolve_targets
 
-DECODE_ROWS = 4096
-"""Rows whose head inputs are held at once."""
+DECODE_ROWS = 2048
+"""Rows whose head inputs are held at once: twice what the native backend works on together."""
 
 GROUP_POSITIONS = 512
 """Positions of short prompts that are decoded together."""
@@ -96,7 +96,7 @@ def read(
             them, and only where the model was proved to go on from its cache as it would have without a
             break). Sums are then of other shapes, so a prompt's numbers can differ from those that it has
             alone, by what rounding does. By default in float32, where that is not seen, and not in half
-            precision. With False a prompt's numbers do not depend on its company.
+            precision. With False a prompt's hidden states do not depend on its company.
         precision: ``"exact"``, ``"screened"`` or ``"auto"``, see `logitlab.logits.statistics`. A screened reading
             has an array ``bound``: what screening can have added to the error of each cell, in nats.
         max_error: nats by which screened statistics may be off.
@@ -129,7 +129,7 @@ def read(
     targets = resolve_targets(model, target, columns)
     wanted = _wanted(statistics)
     check_precision(precision)
-    _check_max_error(max_error)
+    check_max_error(max_error)
     asked = Asked(
         top_k=top_k,
         targets=torch.tensor([t.id for t in targets], dtype=torch.long) if targets else None,
@@ -137,7 +137,7 @@ def read(
         entropy="entropy" in wanted,
         kl="kl" in wanted,
         precision=precision,
-        max_error=max_error,
+        max_error=float(max_error),
         backend=backend,
     )
     settings: dict[str, Any] = {
@@ -152,6 +152,8 @@ def read(
     provenance = _provenance(model, chosen, lens, settings)
     if not by_tokens(model, prompts):
         settings["backend"] = choose(backend, LogitSource(lambda z: z, model.vocab_size))
+        if model.space.activation == "sigmoid":
+            settings["backend"] = "independent"  # every column is a question of its own
         found: list[StateReading] = []
         for n, prompt in enumerate(prompts):
             with model.exclusive():
@@ -181,18 +183,19 @@ def read(
         batch_tokens=batch_tokens,
         share=share_prefixes,
     )
-    continued = shared = False
+    cut: dict[int, bool] = {}
+    shared: dict[int, bool] = {}
     for part in _grouped(_checked(model, passes, prompts, chosen)):
-        continued |= part.continued
-        shared |= part.shared
+        for n in (n for owners in part.owners for n in owners):  # a prompt that is run again counts as it was then
+            cut[n], shared[n] = part.continued, part.shared
         with model.exclusive():
             for rows, result in _decoded(model, activations_of(model, part, prompts, chosen), lens, asked):
                 table.put(part, rows, result)
                 if progress is not None:
                     progress(table.done * len(chosen), table.total * len(chosen))
         del part  # so that it can be freed while the next pass is run
-    settings["pass_tokens"] = PASS_TOKENS if continued else None
-    settings["share_prefixes"] = shared
+    settings["pass_tokens"] = PASS_TOKENS if any(cut.values()) else None
+    settings["share_prefixes"] = any(shared.values())
     _note_bound(settings, table.arrays, max_error)
     arrays = table.arrays
     return Reading(
@@ -220,16 +223,10 @@ def _wanted(names: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in given)
 
 
-def _check_max_error(given: Any) -> None:
-    fine = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < float("inf")
-    if not fine:
-        raise InputError(f"max_error is {given!r}; it is a number of nats above 0")
-
-
 def _note_bound(settings: dict[str, Any], arrays: Mapping[str, Array], max_error: float) -> None:
     """Record what screening was allowed, and what it can have added."""
     if "bound" in arrays:
-        settings["max_error"] = max_error
+        settings["max_error"] = float(max_error)
         settings["error_bound"] = float(np.nanmax(arrays["bound"]))
 
 
@@ -414,7 +411,9 @@ def decode(
             choose(backend, LogitSource(lambda z: z, model.vocab_size))
             z = model.tail.logits(hidden.reshape(-1, model.width)).reshape(*hidden.shape[:-1], -1)
             ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)
-            return independent(z if z.ndim == 3 else z.unsqueeze(0), top_k=top_k, targets=ids)
+            found = independent(z if z.ndim == 3 else z.unsqueeze(0), top_k=top_k, targets=ids)
+            found.bound = None if precision == "exact" else torch.zeros_like(found.logsumexp)
+            return found
         flat = model.tail.prepare(hidden.reshape(-1, model.width))
         rows = flat.reshape(*hidden.shape[:-1], flat.shape[-1])
         ids = None if targets is None else torch.tensor(list(targets), dtype=torch.long)

@@ -662,3 +662,19 @@ def test_real_rows_of_the_default_model(backend: str, default_model: object) -> 
     last = x[[str(s) for s in states.sites].index("29.resid_post")]
     source = default_model.tail.source
     assert_same(*both(backend, x, source, top_k=10, targets=torch.tensor([7042, 0, 49151]), reference=last))
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_columns_that_a_bias_rules_out(backend: str, scale: float) -> None:
+    bias = torch.zeros(300)
+    bias[[1, 7, 8, 250]] = -torch.inf
+    head = Head(torch.ones(300, 4), bias=bias, scale=scale)
+    x, targets = torch.ones(1, 2, 4), torch.tensor([0, 1, 8, 250, 299])
+    for allowed in (None, torch.arange(300) % 2 == 0):
+        options = {"targets": targets, "allowed": allowed, "top_k": 3}
+        found, truth = (statistics(x, head, backend=b, **options) for b in (backend, "reference"))  # type: ignore[arg-type]
+        assert found.target_rank is not None
+        assert truth.target_rank is not None
+        assert found.target_rank.tolist() == truth.target_rank.tolist()
+        assert found.top_ids.tolist() == truth.top_ids.tolist()

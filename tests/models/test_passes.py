@@ -285,6 +285,7 @@ def test_a_piece_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> No
     model.module.forward = forward
     whole, cut = whole_and_cut(model, monkeypatch)
     assert proved(model) == 0
+    assert cut.provenance["settings"]["pass_tokens"] is None  # in the end
     for key, values in whole.arrays.items():
         np.testing.assert_array_equal(cut.arrays[key], values, err_msg=key)
 
@@ -318,6 +319,35 @@ def test_a_lack_of_memory_is_said_and_not_taken_for_an_answer() -> None:
     model.module.forward = original
     ll.read(model, zoo.ids(37))
     assert proved(model)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("MPS backend out of memory"), MemoryError()]
+)
+def test_a_lack_of_memory_for_a_copy_of_the_cache(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def boom(cache: Any) -> Any:
+        raise error
+
+    model = fresh("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "deepcopy", boom)
+        with pytest.raises(OutOfMemoryError, match="for the cache of llama"):
+            ll.read(model, [[*zoo.ids(9), 1], [*zoo.ids(9), 2]])
+    assert model.continuation is None
+    ll.read(model, [[*zoo.ids(9), 1], [*zoo.ids(9), 2]])
+    assert proved(model)
+
+
+@pytest.mark.usefixtures("short")
+def test_what_is_remembered_anew_in_every_pass_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2-VL makes a tensor of zeros in each pass."""
+    model = ll.wrap(build("image-text-to-text", "qwen2_vl"))
+    ll.read(model, list(range(5, 42)))
+    seen = forward_tokens(model, monkeypatch)
+    for first in (6, 7):
+        ll.read(model, list(range(first, first + 37)))
+    assert seen == [10, 10, 10, 7] * 2
 
 
 @pytest.mark.usefixtures("short")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
+from numbers import Real
 
 from logitlab.errors import InputError
 from logitlab.logits.head import Head, LogitSource
@@ -78,6 +80,12 @@ def check_precision(precision: str) -> None:
     """Raise `InputError` if there is no such precision."""
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; it is one of {', '.join(PRECISIONS)}")
+
+
+def check_max_error(given: object) -> None:
+    """Raise `InputError` if it is no number of nats above 0."""
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 < given < math.inf:
+        raise InputError(f"max_error is {given!r}; it is a number of nats above 0")
 
 
 def _interpreted() -> bool:

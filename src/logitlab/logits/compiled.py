@@ -126,6 +126,8 @@ def _found() -> tuple[Library | None, str | None]:
         try:
             return _load(path), None
         except OSError:  # it may need something that is no longer there, such as another C library: once more
+            if path.exists() and not os.access(path, os.X_OK):  # nothing may be run from that folder
+                raise
             path.unlink(missing_ok=True)
             return _load(_built(compiler)), None
     except (OSError, ValueError, subprocess.SubprocessError, RuntimeError, AttributeError) as error:
@@ -185,7 +187,11 @@ def _built(compiler: list[str]) -> Path:
     _check_own(folder)
     name = f"scan-{_digest(key.encode())}"
     for path in sorted(folder.glob(f"{name}-*.so")):
-        if path.stem == f"{name}-{_digest(path.read_bytes())}":
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another process has taken it away
+            continue
+        if path.stem == f"{name}-{_digest(content)}":
             return path
         path.unlink(missing_ok=True)  # cut off: loading it could end the process, and not with an error
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as made:

@@ -30,7 +30,6 @@ from logitlab.logits import tiled as _tiled
 from logitlab.logits.gpu_scan import scan_kernel
 from logitlab.logits.head import Head, LogitSource
 from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude, ruled_out_before
-from logitlab.logits.reference import reference
 from logitlab.logits.rows import HeadRows
 from logitlab.logits.statistics import TIE, Request, Statistics
 
@@ -73,22 +72,25 @@ def why_not(head: Head) -> str | None:
         return f"its head is in {str(w.dtype).removeprefix('torch.')}; the kernel takes bfloat16 and float16"
     if w.stride(1) != 1 or w.numel() == 0:
         return "its head's rows do not lie together"
+    key = _kind(head)
     capability = _capability(w.device)
     if capability is None:
-        return None
+        return _tried.get(key)
     least = _CAPABILITY[w.dtype]
     if capability < least:
         have, need = (".".join(map(str, version)) for version in (capability, least))
         return (
             f"its GPU has compute capability {have}; for {str(w.dtype).removeprefix('torch.')} the kernel needs {need}"
         )
-    key = _kind(head)
     if key not in _tried:
         _tried[key] = None  # a failure below is noted by the launch
         try:
             _try(head)
         except KernelError as error:
             log.warning("%s; backend='auto' uses PyTorch alone, which is slower", error)
+        except BaseException:  # it has not been found out
+            del _tried[key]
+            raise
     return _tried[key]
 
 
@@ -148,8 +150,6 @@ def triton(x: torch.Tensor, source: Head | LogitSource, request: Request, agains
     """
     assert isinstance(source, Head)
     groups, positions = x.shape[:2]
-    if groups == 0 or positions == 0:
-        return reference(x, source, request, against)
     m = 0 if request.targets is None else request.targets.shape[1]
     if request.top_k + SPARE > MOST_CANDIDATES or m > MOST_TARGETS:
         return _tiled.tiled(x, source, request, against)

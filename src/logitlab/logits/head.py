@@ -75,6 +75,15 @@ class Head:
         return self.kept("largest_row", lambda: _largest(self.row_sizes))
 
     @property
+    def ruled_out(self) -> torch.Tensor | None:
+        """[V] bool, columns whose logit is -inf whatever the row is: by the offset, or by a bias that no cap bounds."""
+        found: torch.Tensor | None = None if self.offset is None else self.offset == -torch.inf
+        if self.bias is not None and self.softcap is None:
+            by_bias = self.bias * self.scale == -torch.inf
+            found = by_bias if found is None else found | by_bias.to(found.device)
+        return found
+
+    @property
     def extra_error(self) -> float:
         """Rounding error that bias, soft-cap and offset can add to a float32 logit."""
         bias, offset = (0.0 if t is None else _largest(t) for t in (self.bias, self.offset))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from logitlab.errors import LogitlabError
+from logitlab.errors import OutOfMemoryError
 from logitlab.logits.compiled import Job, Library, library, reason
 from logitlab.logits.head import Head, LogitSource
 from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, Rough, conclude, ruled_out_before
@@ -256,7 +256,7 @@ class NativeRows(HeadRows):
         job.ref_lse = memory.at(lse.contiguous())
         job.ref_ids = memory.at(ids.to(torch.int32).contiguous())
         if self.lib.means(ctypes.byref(job), mean.data_ptr(), mass.data_ptr()) != 0:
-            raise LogitlabError(NO_MEMORY)
+            raise OutOfMemoryError(NO_MEMORY)
         return mean.sum(0), mass.sum(0)
 
     def some(self, rows: torch.Tensor) -> NativeRows:
@@ -269,7 +269,7 @@ def _sizes(lib: Library, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     memory = _Memory(lib, head)
     size, lost = torch.empty(head.vocab_size), torch.empty(head.vocab_size)
     if lib.sizes(ctypes.byref(memory.job), size.data_ptr(), lost.data_ptr()) != 0:
-        raise LogitlabError(NO_MEMORY)
+        raise OutOfMemoryError(NO_MEMORY)
     return size, lost
 
 
@@ -302,7 +302,7 @@ def scan(
         slices: parts that the columns are cut into for threads; by default by the number of rows.
 
     Raises:
-        LogitlabError: there is not enough memory.
+        OutOfMemoryError: there is not enough memory.
     """
     lib, head, n = rows.lib, rows.head, rows.x.shape[0]
     mode = _SCREENED if screened else _BFLOAT16 if rows.narrow and lib.bfloat16 else _EXACT
@@ -379,7 +379,7 @@ def scan(
     for name, value in asked.items():
         setattr(memory.job, name, value)
     if lib.scan(ctypes.byref(memory.job)) != 0:
-        raise LogitlabError(NO_MEMORY)
+        raise OutOfMemoryError(NO_MEMORY)
     if target_z is not None:
         before[0] += ruled_out_before(target_z, head, request, first)
 

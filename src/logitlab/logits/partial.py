@@ -192,9 +192,10 @@ def ruled_out_before(target: torch.Tensor, head: Head, request: Request, first: 
     out = target == -torch.inf
     assert request.targets is not None
     ids = request.targets.to(target.device)
-    if head.offset is None or not bool(out.any()):
+    ruled_out = head.ruled_out
+    if ruled_out is None or not bool(out.any()):
         return torch.zeros_like(ids)
-    tied = (head.offset.to(target.device) == -torch.inf).long()
+    tied = ruled_out.to(target.device).long()
     if request.allowed is not None:
         tied *= request.allowed.to(target.device)
     lower = torch.cat([tied.new_zeros(1), tied.cumsum(0)])

@@ -16,12 +16,10 @@ NaN, and ids and ranks are those of a row whose columns all tie.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -220,7 +218,7 @@ def statistics(
         >>> s.top_ids.tolist(), s.target_rank.tolist()
         ([[[0]]], [[[3]]])
     """
-    from logitlab.logits.choose import check_precision, choose, run_of
+    from logitlab.logits.choose import check_max_error, check_precision, choose, run_of
 
     _check_rows(x, source, reference)
     if x.ndim == 2:
@@ -234,8 +232,7 @@ def statistics(
     if top_k < 1:
         raise InputError(f"top_k is {top_k}; it must be at least 1")
     check_precision(precision)
-    if not _is_number(max_error) or not 0 < max_error < math.inf:
-        raise InputError(f"max_error is {max_error!r}; it is a number of nats above 0, such as {MAX_ERROR}")
+    check_max_error(max_error)
     if targets is not None:
         targets = _checked_targets(targets, x.shape[1], size)
     name = choose(backend, source)
@@ -252,10 +249,6 @@ def statistics(
     if precision != "exact" and found.bound is None:  # a backend that has nothing to screen does all rows in full
         found.bound = torch.zeros_like(found.logsumexp)
     return found
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _check_rows(x: torch.Tensor, source: Head | LogitSource, reference: torch.Tensor | None) -> None:

@@ -275,13 +275,16 @@ def _continued(
             try:
                 cache = deepcopy(cache) if shared and start == past else cache
                 found = _forward(model, [piece], keys if wanted else [], rows, cache, start, more=more)
-            except (InputError, *FORWARD_ERRORS):
+            except (InputError, MemoryError, *FORWARD_ERRORS) as error:
+                if lacks_memory(error):
+                    raise OutOfMemoryError(f"there is not enough memory for the cache of {model.name}") from error
                 if start == 0:  # not because of a cache
                     raise
                 found = None
             # Or what it goes on from is more than its cache: rotary tables that depend on the length, say.
             if found is None or _buffers(model) != before:
-                model.continuation = Continuation(_state(model), 0)
+                with model.exclusive():
+                    model.continuation = Continuation(_state(model), 0)
                 changed += root.owners
                 return
             cache = found.cache
@@ -322,11 +325,14 @@ def _continues(model: Model, prompt: Encoded) -> bool:
         return False  # weights on disk are read for every pass: the fewer the better
     if any(most < len(prompt.ids) for most in _numbers(model, ("index_topk",))):
         return False  # which keys are looked at is decided by comparisons, whose outcome rounding can turn
-    state, needed = _state(model), _tokens_of_proof(_numbers(model, ("window", "chunk")), len(prompt.ids))
+    with model.exclusive():  # or hooks of another thread's pass are taken for somebody's
+        state = _state(model)
+    needed = _tokens_of_proof(_numbers(model, ("window", "chunk")), len(prompt.ids))
     known = model.continuation
     if known is None or known.state != state or 0 < known.tokens < needed:
         fine = _proved(model, prompt.ids[:needed])
-        known = model.continuation = Continuation(_state(model), needed if fine else 0)
+        with model.exclusive():
+            known = model.continuation = Continuation(_state(model), needed if fine else 0)
     return known.tokens > 0
 
 
@@ -360,7 +366,9 @@ def _state(model: Model) -> int:
         found += [*module._forward_hooks, *module._forward_pre_hooks]  # pyright: ignore[reportPrivateUsage]
         for name, value in vars(module).items():  # what a module remembers from one pass to the next
             if isinstance(value, torch.Tensor):
-                found.append((name, value.data_ptr(), 0 if value.is_inference() else value._version))
+                small = value.numel() <= 64 and value.device.type != "meta"  # made anew in every pass, say
+                version = 0 if value.is_inference() else value._version
+                found.append((name, tuple(value.flatten().tolist()) if small else (value.data_ptr(), version)))
     return hash(tuple(found))
 
 
@@ -386,7 +394,9 @@ def _proved(model: Model, ids: tuple[int, ...]) -> bool:
         with model.exclusive():
             truth, ours = model.tail.logits(whole), model.tail.logits(torch.cat(pieces))
             copied = model.tail.logits(torch.cat(again))
-    except (InputError, *FORWARD_ERRORS):
+    except (InputError, MemoryError, *FORWARD_ERRORS) as error:
+        if lacks_memory(error):  # that says nothing about the model
+            raise OutOfMemoryError(f"there is not enough memory for the cache of {model.name}") from error
         return False
     size = finite_size(truth)
     # Both round, all the way up the stack, in sums of other shapes: more than a tail does, much less than a fault.
@@ -499,11 +509,18 @@ def _handed_on(model: Model, result: Any) -> dict[str, Any]:
     return found
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that there is not enough memory; not all of them have a type of their own."""
+    text = str(error).lower()
+    typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return typed or (isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text))
+
+
 def stopped(model: Model, inputs: Mapping[str, Any], error: Exception) -> LogitlabError:
     """What to raise when a model's own code refuses an input."""
     sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items() if isinstance(v, torch.Tensor))
     why = " ".join(str(error).split())[:300]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in why:
+    if lacks_memory(error):
         return OutOfMemoryError(
             f"there is not enough memory to run {model.name} on this input ({sizes}): give a shorter one, or load the "
             f"model in half precision ({why[:120]})"
