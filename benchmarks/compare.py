@@ -46,11 +46,16 @@ class Process:
 
     def __init__(self, name: str, python: str, folder: str) -> None:
         self.name = name
-        command = [python, "-m", "contestants.worker", name, folder]
+        self._command = [python, "-m", "contestants.worker", name, folder]
+        self._start()
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE
         )
         ready = self._read()
+        if ready is None:
+            raise SystemExit(f"{self.name} does not start: run its worker by hand to see why")
         self.threads: int = ready["threads"]
         self.dtypes: list[str] = ready["dtypes"]
 
@@ -60,16 +65,18 @@ class Process:
         self._process.stdin.write(json.dumps({"what": what, "ids": ids}) + "\n")
         self._process.stdin.flush()
         answer = self._read()
+        if answer is None:  # the system has ended it, as it does with what takes the last memory
+            self.end()
+            self._start()
+            return {"offered": True, "does_not_fit": True}
         if "error" in answer:
             raise SystemExit(f"{self.name}: {what}, {len(ids)} tokens: {answer['error']}")
         return answer
 
-    def _read(self) -> Result:
+    def _read(self) -> Result | None:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended: run its worker by hand to see why")
-        return json.loads(line)
+        return json.loads(line) if line else None
 
     def end(self) -> None:
         """Stop the process."""

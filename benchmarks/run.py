@@ -33,7 +33,7 @@ Keep = Callable[[Any], None]
 """Takes what a section has found so far."""
 
 SECTIONS: dict[str, tuple[Callable[[Keep], Any], Callable[[Any], str]]] = {
-    "compare": (lambda keep: compare.measure([16, 256, 2048], [3, 3, 2], keep=keep), compare.markdown),
+    "compare": (lambda keep: compare.measure([16, 256, 2048], [3, 3, 1], keep=keep), compare.markdown),
     "decode": (lambda _: decode.measure([6, 256], 5), decode.markdown),
     "profile": (lambda _: where_time_goes.measure(256, "exact"), where_time_goes.markdown),
     "screening": (lambda _: screening.measure(4096), screening.markdown),
@@ -68,7 +68,7 @@ hand-written lens would pay at least; many ways to cut and lay it out are tried,
 
 *Does not fit*: the case wanted more than 14 GiB of address space beyond what its process had after loading. What is
 limited is address space (`RLIMIT_AS`), since Linux has no such limit on resident memory, so a case that reserves more
-than it touches can be stopped too. There is a limit because all contestants, eight processes, share one machine
+than it touches can be stopped too; or the system ended the process for lack of memory. There is a limit because all contestants, eight processes, share one machine
 (24 GiB where these numbers were taken): one that took all of its memory would have others killed.
 
 {compare}
@@ -132,8 +132,8 @@ prompts, from a pass of each prompt's own.
 """
 
 NO_GPU = """No GPU was available where these pages were made. The Triton kernel is tested in Triton's interpreter, and
-compiled for Ampere and Hopper GPUs without one being there (`tests/logits/test_gpu.py`); its speed has **not been
-measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its share of
+compiled for compute capabilities 7.5 to 12.0 without a GPU being there (`tests/logits/test_gpu.py`); its speed has
+**not been measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its share of
 the rate of a bare bfloat16 product."""
 
 

@@ -185,9 +185,7 @@ def read(
     )
     cut: dict[int, bool] = {}
     shared: dict[int, bool] = {}
-    for part in _grouped(_checked(model, passes, prompts, chosen)):
-        for n in (n for owners in part.owners for n in owners):  # a prompt that is run again counts as it was then
-            cut[n], shared[n] = part.continued, part.shared
+    for part in _grouped(_noted(_checked(model, passes, prompts, chosen), cut, shared)):
         with model.exclusive():
             for rows, result in _decoded(model, activations_of(model, part, prompts, chosen), lens, asked):
                 table.put(part, rows, result)
@@ -281,6 +279,15 @@ def _checked(model: Model, passes: Iterable[Part], prompts: Sequence[Encoded], s
         del part  # so that it can be freed while the next pass is run
 
 
+def _noted(passes: Iterable[Part], cut: dict[int, bool], shared: dict[int, bool]) -> Iterator[Part]:
+    """Parts, with a note for each prompt of how it was run; one that is run again counts as it was then."""
+    for part in passes:
+        for n in (n for owners in part.owners for n in owners):
+            cut[n], shared[n] = part.continued, part.shared
+        yield part
+        del part  # so that it can be freed while the next pass is run
+
+
 def _grouped(passes: Iterable[Part]) -> Iterator[Part]:
     """Parts of short prompts together, so that the head is gone through once for many of them."""
     waiting: list[Part] = []
@@ -358,6 +365,7 @@ def _decoded(model: Model, activations: Activations, lens: Lens, asked: Asked) -
                 hidden[g] = moved
             x = model.tail.prepare(hidden.reshape(-1, hidden.shape[-1]))
             x = x.reshape(len(group), -1, x.shape[-1])
+            del hidden, moved  # not needed while the head is gone through
             stacked.append(asked.of(x, model.tail.source, None if final is None else final.to(x.device)))
         yield rows, Statistics.join(stacked, dim=0)
 

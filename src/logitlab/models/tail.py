@@ -33,7 +33,7 @@ from logitlab.models.stack import Found, Stack
 from logitlab.models.trace import Run, answer_from, copied, play, rebuilt
 from logitlab.models.weights import dense
 
-HEAD_ROWS = 2048
+HEAD_ROWS = 1024
 """Rows of a short-circuited pass that stops at the head: it holds [rows, d] only."""
 
 LOGIT_VALUES = 2**24
@@ -247,8 +247,16 @@ class Tail:
         """
         if self.head_module is None:
             raise ModelError("this model's tail does not end in one linear head")
-        parts = [self._head_input_chunk(part, self.head_module) for part in hidden.split(HEAD_ROWS)]
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        whole: torch.Tensor | None = None
+        for start in range(0, max(1, len(hidden)), HEAD_ROWS):
+            part = self._head_input_chunk(hidden[start : start + HEAD_ROWS], self.head_module)
+            if len(hidden) <= HEAD_ROWS:
+                return part
+            if whole is None:
+                whole = part.new_empty(len(hidden), part.shape[1])
+            whole[start : start + len(part)] = part
+        assert whole is not None
+        return whole
 
     def _head_input_chunk(self, hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
         seen: list[torch.Tensor] = []
