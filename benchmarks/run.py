@@ -66,10 +66,11 @@ hand-written lens would pay at least; many ways to cut and lay it out are tried,
 
 *Memory*: what a case needs at most beyond what the forward pass needs.
 
-*Does not fit*: the case wanted more than 14 GiB of address space beyond what its process had after loading. What is
-limited is address space (`RLIMIT_AS`), since Linux has no such limit on resident memory, so a case that reserves more
-than it touches can be stopped too; or the system ended the process for lack of memory. There is a limit because all contestants, eight processes, share one machine
-(24 GiB where these numbers were taken): one that took all of its memory would have others killed.
+*Does not fit*: the case wanted more than 14 GiB of address space beyond what its process had after loading, or the
+system ended the process for lack of memory. What is limited is address space (`RLIMIT_AS`), since Linux has no such
+limit on resident memory, so a case that reserves more than it touches can be stopped too. There is a limit because all
+contestants, eight processes, share one machine (24 GiB where these numbers were taken): one that took all of its memory
+would have others killed.
 
 {compare}
 
@@ -133,8 +134,8 @@ prompts, from a pass of each prompt's own.
 
 NO_GPU = """No GPU was available where these pages were made. The Triton kernel is tested in Triton's interpreter, and
 compiled for compute capabilities 7.5 to 12.0 without a GPU being there (`tests/logits/test_gpu.py`); its speed has
-**not been measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its share of
-the rate of a bare bfloat16 product."""
+**not been measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its
+share of the rate of a bare bfloat16 product."""
 
 
 def page(results: dict[str, Any]) -> str:

@@ -76,17 +76,18 @@ def test_summary_says_what_does_not_fit(run: ModuleType) -> None:
     assert rows["interpreto"] == ["1.50", "+200 MB", "not offered", ""]
 
 
-def test_page_says_where_a_section_was_measured_otherwise(run: ModuleType, results: dict[str, Any]) -> None:
-    first, other = (dict(results["decode"]["machine"], commit=c) for c in ("aaa1111", "bbb2222 with local changes"))
+def test_page_says_where_a_section_was_measured_otherwise(run: ModuleType) -> None:
+    about = importlib.import_module("machine").described()
+    first, other = (dict(about, commit=c) for c in ("aaa1111", "bbb2222 with local changes"))
+    memory = {"256": dict.fromkeys(importlib.import_module("memory").CASES, 100.0)}
     two = {
         "compare": {"machine": first, "found": {"lengths": {"16": made({"by_hand: top": 4.0})}}},
-        "decode": {**results["decode"], "machine": other},
-        "tiles": {**results["tiles"], "machine": first},
+        "memory": {"machine": other, "found": memory},
     }
     text = run.page(two)
     assert f"{first['date']}, commit aaa1111." in text
     assert text.count("*This section:") == 1
-    assert "*This section: commit bbb2222 with local changes.*" in text.partition("## Decoding alone")[2]
+    assert "*This section: commit bbb2222 with local changes.*" in text.partition("## Memory")[2]
     assert run.summary(two) is None
 
 

@@ -358,16 +358,22 @@ def _decoded(model: Model, activations: Activations, lens: Lens, asked: Asked) -
         for i in range(0, len(sites), tall):
             group = sites[i : i + tall]
             hidden = part.stacked(group)
-            for g, site in enumerate(group):
-                moved = lens.transport(hidden[g], site)
-                if moved.dtype != hidden.dtype:
-                    hidden = hidden.to(torch.promote_types(moved.dtype, hidden.dtype))
-                hidden[g] = moved
+            hidden = _transported(hidden, group, lens)
             x = model.tail.prepare(hidden.reshape(-1, hidden.shape[-1]))
             x = x.reshape(len(group), -1, x.shape[-1])
-            del hidden, moved  # not needed while the head is gone through
+            del hidden  # not needed while the head is gone through
             stacked.append(asked.of(x, model.tail.source, None if final is None else final.to(x.device)))
         yield rows, Statistics.join(stacked, dim=0)
+
+
+def _transported(hidden: torch.Tensor, sites: Sequence[Site], lens: Lens) -> torch.Tensor:
+    """Hidden states [sites, rows, width] behind the lens, in place where the dtype allows it."""
+    for i, site in enumerate(sites):
+        moved = lens.transport(hidden[i], site)
+        if moved.dtype != hidden.dtype:
+            hidden = hidden.to(torch.promote_types(moved.dtype, hidden.dtype))
+        hidden[i] = moved
+    return hidden
 
 
 def _final_states(activations: Activations, model: Model) -> torch.Tensor:

@@ -84,7 +84,7 @@ def check_precision(precision: str) -> None:
 
 def check_max_error(given: object) -> None:
     """Raise `InputError` if it is no number of nats above 0."""
-    if isinstance(given, bool) or not isinstance(given, Real) or not 0 < given < math.inf:
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 < float(given) < math.inf:
         raise InputError(f"max_error is {given!r}; it is a number of nats above 0, such as 0.001")
 
 
