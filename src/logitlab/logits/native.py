@@ -31,7 +31,7 @@ ROWS = 8192
 BLOCK_ROWS = 1024
 """Rows that use a tile of the head before the next one is brought: enough that bringing it costs nothing."""
 
-SCREENED_ROWS = 2048
+SCREENED_ROWS = 1024
 """Rows from which on screening can pay: for fewer, writing the head in bfloat16 takes what its products save."""
 
 THETA, THETA_ENTROPY, THETA_REFERENCE = 16.0, 18.0, 13.5
