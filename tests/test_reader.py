@@ -430,3 +430,17 @@ def test_positions_that_roberta_keeps_for_padding() -> None:
     ll.read(model, zoo.ids(64), positions=-1)
     with pytest.raises(ll.InputError, match="context holds 64"):
         ll.read(model, zoo.ids(65))
+
+
+def test_a_reading_of_some_hundred_tokens_is_screened(default_model: ll.Model) -> None:
+    """The pieces in which it is decoded have to be large enough for that."""
+    from logitlab.logits.choose import can_screen
+
+    if not can_screen("native"):
+        pytest.skip("this processor has no bfloat16 products, or there is no compiler")
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+    exact = ll.read(default_model, text)
+    found = ll.read(default_model, text, precision="screened")
+    assert 0 < float(found.bound.max()) <= 1e-3
+    np.testing.assert_array_equal(found.arrays["top_id"], exact.arrays["top_id"])
+    np.testing.assert_allclose(found.arrays["entropy"], exact.arrays["entropy"], atol=1e-3)
