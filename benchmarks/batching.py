@@ -7,14 +7,13 @@ Run: python benchmarks/batching.py
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
 
 import logitlab as ll
 from logitlab.models import passes
-from machine import Result, real_text
+from machine import Result, real_text, show
 
 PROMPTS = (
     "The capital of France is",
@@ -73,11 +72,5 @@ def markdown(found: Result) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    print(markdown(measure()))
-
-
 if __name__ == "__main__":
-    main()
+    show(__doc__, measure, markdown)

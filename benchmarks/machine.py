@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+
+
+def show(text: str | None, measure: Callable[[], Result], markdown: Callable[[Result], str]) -> None:
+    """What a script without options does: explain itself with --help, else measure and print."""
+    argparse.ArgumentParser(description=text).parse_args()
+    print(markdown(measure()))
 
 
 def described() -> Result:

@@ -1,7 +1,7 @@
 """Does screening keep its promise? Every row of a real 4,096-token text at all residual sites, against float64.
 
 Exact and screened readings are held against the same hidden states decoded in float64, statistic by statistic. Ids are
-said to be exact always, so one that differs is wrong unless float64 has a tie there (a gap of at most `TIE`). Every
+said to be exact always, so one that differs is wrong unless float64 has a tie there (a gap of at most `SURE`). Every
 statistic must lie within the bound that its row states.
 This is 6 thousand million logits in float64, some minutes.
 Run: python benchmarks/screening.py [--tokens 4096]
@@ -17,6 +17,7 @@ import torch
 
 import logitlab as ll
 from logitlab.logits import Head
+from logitlab.logits.statistics import TIE
 from logitlab.models.capture import capture
 from machine import Result, real_text
 
@@ -24,7 +25,7 @@ TARGET, TOP = 7042, 10
 POSITIONS = 64
 """Positions of a piece: [31 sites x 64] rows of logits in float64 are held."""
 
-TIE, ROUNDING = 1e-9, 1e-4
+SURE, ROUNDING = 1e-9, 1e-4
 """Nats between logits that float64 cannot order with certainty; nats that a Reading in float32 may be off by itself."""
 
 COMPARED = ("top_logprob", "entropy", "kl", "target_logprob")
@@ -47,11 +48,19 @@ def truth(x: torch.Tensor, final: torch.Tensor, head: torch.Tensor) -> dict[str,
             "entropy": -(log_p.exp() * log_p).sum(-1),
             "kl": (r * (log_r - log_p)).sum(-1),
             "target_logprob": log_p[:, TARGET, None],
-            "target_rank": 1 + (z > z[:, TARGET, None]).sum(-1, keepdim=True),
+            "target_rank": _rank(z),
         }
         for name, value in values.items():
             found.setdefault(name, []).append(value)
     return {name: torch.stack(value).numpy() for name, value in found.items()}
+
+
+def _rank(z: torch.Tensor) -> torch.Tensor:
+    """Rank [n, 1] of the target, ties as `logitlab.logits.statistics` defines them."""
+    steps = (z / TIE).round_()
+    own = steps[:, TARGET, None].clone()
+    lower = torch.arange(z.shape[1]) < TARGET
+    return 1 + ((steps > own) | ((steps == own) & lower)).sum(-1, keepdim=True)
 
 
 def measure(tokens: int) -> Result:
@@ -85,8 +94,8 @@ def measure(tokens: int) -> Result:
             differ = arrays["top_id"] != exact["top_id"]
             near = np.minimum(exact["gap"], np.roll(exact["gap"], 1, axis=-1))
             near[..., 0] = exact["gap"][..., 0]
-            wrong[p] += int((differ & (near > TIE)).sum())
-            apart[p] += int((differ & (near > np.maximum(bound, TIE))).sum())
+            wrong[p] += int((differ & (near > SURE)).sum())
+            apart[p] += int((differ & (near > np.maximum(bound, SURE))).sum())
             ranks[p] += int((arrays["target_rank"] != exact["target_rank"]).sum())
         print(f"{part.stop} of {tokens} positions", file=sys.stderr)
     bound = readings["screened"].arrays["bound"]
@@ -121,7 +130,7 @@ def markdown(found: Result) -> str:
     lines += [f"| {text} | {worst['exact'][n]:.1e} | {worst['screened'][n]:.1e} |" for n, text in names.items()]
     wrong, apart, ranks = found["wrong_top"], found["wrong_top_beyond_bound"], found["wrong_rank"]
     lines += [
-        f"| top-10 ids that differ, but for ties (gaps up to {TIE:g}) | {wrong['exact']} | {wrong['screened']} |",
+        f"| top-10 ids that differ, but for ties (gaps up to {SURE:g}) | {wrong['exact']} | {wrong['screened']} |",
         f"| of them where the gap exceeds the row's bound | {apart['exact']} | {apart['screened']} |",
         f"| ranks that differ | {ranks['exact']} | {ranks['screened']} |",
         "",

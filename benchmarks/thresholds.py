@@ -5,7 +5,6 @@ Real rows: 256 tokens at all residual sites. Run: python benchmarks/thresholds.p
 
 from __future__ import annotations
 
-import argparse
 import statistics as stats
 import time
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import logitlab as ll
 from logitlab.logits import Head, native, statistics
 from logitlab.models.capture import capture
-from machine import Result, real_text
+from machine import Result, real_text, show
 
 THETAS = (12.0, 14.0, 15.0, 16.0, 17.0, 18.0, 20.0)
 PATIENCES = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1.0)
@@ -72,11 +71,5 @@ def markdown(found: Result) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    print(markdown(measure()))
-
-
 if __name__ == "__main__":
-    main()
+    show(__doc__, measure, markdown)

@@ -5,7 +5,6 @@ Run: python benchmarks/tiles.py
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
@@ -14,7 +13,7 @@ import torch
 from logitlab.logits import Head, native
 from logitlab.logits.compiled import library
 from logitlab.logits.statistics import Request
-from machine import Result
+from machine import Result, show
 
 SHAPES = {576: 49_152, 1024: 32_768, 2048: 32_768, 4096: 16_384}
 """Vocabulary by width: small enough for a few minutes in all."""
@@ -62,11 +61,5 @@ def markdown(found: Result) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    print(markdown(measure()))
-
-
 if __name__ == "__main__":
-    main()
+    show(__doc__, measure, markdown)

@@ -127,15 +127,17 @@ def test_without_it_everything_works(how: str, tmp_path: Path, monkeypatch: pyte
     assert not bool(found.bound.any())
 
 
+@pytest.mark.parametrize("how", ["failing compiler", "no compiler"])
 def test_a_failure_is_logged_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    without(monkeypatch, tmp_path, "failing compiler")
+    why = without(monkeypatch, tmp_path, how)
     with caplog.at_level("WARNING", logger="logitlab"):
         for _ in range(3):
             compiled.library()
     assert len(caplog.records) == 1
     assert "PyTorch alone is used, which is slower" in caplog.text
+    assert why in caplog.text
 
 
 def test_a_library_that_others_can_write_is_not_loaded(tmp_path: Path) -> None:
@@ -210,17 +212,6 @@ def test_a_library_that_does_not_load_is_made_again_once(tmp_path: Path, monkeyp
     monkeypatch.setattr(subprocess, "run", watched)
     assert compiled.library() is not None
     assert len(loads) == len(made) == 2
-
-
-def test_it_is_said_that_there_is_no_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    without(monkeypatch, tmp_path, "no compiler")
-    with caplog.at_level("WARNING", logger="logitlab"):
-        for _ in range(3):
-            compiled.library()
-    assert len(caplog.records) == 1
-    assert "PyTorch alone is used, which is slower (there is no C compiler" in caplog.text
 
 
 def test_doing_without_on_purpose_is_not_warned_of(

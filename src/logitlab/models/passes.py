@@ -163,6 +163,8 @@ def _whole(
     """One pass over a prompt, for all that are equal to it."""
     wanted = _wanted(positions, owners)
     found = _forward(model, [prompts[owners[0]]], keys, [wanted])
+    if 4 * len(prompts[owners[0]].ids) >= PASS_TOKENS:
+        _trim()
     return Part((owners,), (tuple(wanted),), found.kept, found.answers)
 
 
@@ -300,7 +302,7 @@ def _continued(
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, where the C library can: a growing cache leaves holes of every size."""
+    """Give freed memory back to the system, where the C library can: passes and caches leave holes of every size."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
