@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from importlib.util import find_spec
 from numbers import Real
 
@@ -38,7 +39,7 @@ def why_not(name: str, source: Head | LogitSource) -> str | None:
         from logitlab.logits.native import why_not as why_not_native
 
         return why_not_native(source)
-    if source.weight.device.type != "cuda" and not _interpreted():
+    if source.weight.device.type != "cuda" and not interpreted():
         return "its head is not on a GPU"
     if find_spec("triton") is None:
         return "the package triton is not installed"
@@ -88,7 +89,6 @@ def check_max_error(given: object) -> None:
         raise InputError(f"max_error is {given!r}; it is a number of nats above 0, such as 0.001")
 
 
-def _interpreted() -> bool:
-    import os
-
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernel, on a processor."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 
 from logitlab.errors import KernelError
 from logitlab.logits import tiled as _tiled
+from logitlab.logits.choose import interpreted
 from logitlab.logits.gpu_scan import scan_kernel
 from logitlab.logits.head import Head, LogitSource
 from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude, ruled_out_before
@@ -404,11 +404,6 @@ def _launch(head: Head, grid: tuple[int, int], *given: Any, **constants: Any) ->
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current GPU, which need not be the head's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernel, on a processor."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _processors(device: torch.device) -> int:

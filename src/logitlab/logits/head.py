@@ -72,7 +72,7 @@ class Head:
     @property
     def largest_row(self) -> float:
         """Largest finite Euclidean norm of a row of ``weight``."""
-        return self.kept("largest_row", lambda: _largest(self.row_sizes))
+        return self.kept("largest_row", lambda: largest_finite(self.row_sizes))
 
     @property
     def ruled_out(self) -> torch.Tensor | None:
@@ -86,7 +86,7 @@ class Head:
     @property
     def extra_error(self) -> float:
         """Rounding error that bias, soft-cap and offset can add to a float32 logit."""
-        bias, offset = (0.0 if t is None else _largest(t) for t in (self.bias, self.offset))
+        bias, offset = (0.0 if t is None else largest_finite(t) for t in (self.bias, self.offset))
         return 2.0**-22 * (abs(self.scale) * bias + offset + 2 * abs(self.softcap or 0.0))
 
     def postmap(self, z: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class LogitSource:
     vocab_size: int
 
 
-def _largest(t: torch.Tensor) -> float:
-    """Largest finite absolute value (an offset of -inf rules a token out)."""
+def largest_finite(t: torch.Tensor) -> float:
+    """Largest finite absolute value; 0.0 if there is none (an offset of -inf rules a token out)."""
     size = t.float().abs()
     return float(size.where(torch.isfinite(size), 0.0).max()) if t.numel() else 0.0

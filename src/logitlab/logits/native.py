@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from logitlab.errors import OutOfMemoryError
 from logitlab.logits.compiled import Job, Library, library, reason
-from logitlab.logits.head import Head, LogitSource
+from logitlab.logits.head import Head, LogitSource, largest_finite
 from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, Rough, conclude, ruled_out_before
 from logitlab.logits.rows import HeadRows
 from logitlab.logits.statistics import TIE, Request, Statistics
@@ -223,7 +223,7 @@ class NativeRows(HeadRows):
         """
         d, narrow = self.x.shape[1], self.narrow and self.lib.bfloat16
         part = max(self.lib.rounding(d, 0), self.lib.rounding(d, 1) if narrow else 0.0) * (1 + 1e-6)
-        largest = self.head.kept("largest_size", lambda: _largest(self.size))
+        largest = self.head.kept("largest_size", lambda: largest_finite(self.size))
         size = torch.linalg.vector_norm(self.x, dim=1, keepdim=True, dtype=torch.float64)
         return part * abs(self.head.scale) * largest * size + 2 * TIE + self.head.extra_error
 
@@ -271,11 +271,6 @@ def _sizes(lib: Library, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     if lib.sizes(ctypes.byref(memory.job), size.data_ptr(), lost.data_ptr()) != 0:
         raise OutOfMemoryError(NO_MEMORY)
     return size, lost
-
-
-def _largest(sizes: torch.Tensor) -> float:
-    """The largest that is finite: where a row of the head is not, no logit is that could be off."""
-    return float(sizes.where(torch.isfinite(sizes), 0.0).max())
 
 
 def scan(
