@@ -202,10 +202,10 @@ def test_a_lens_moves_every_site_but_not_the_reference(llama: ll.Model) -> None:
 
 
 def test_heads_and_neurons_are_read_in_pieces(llama: ll.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from logitlab import reader
+    from logitlab import plan
 
     whole = ll.read(llama, zoo.ids(), sites="neuron,head_out", target=[5])
-    monkeypatch.setattr(reader, "DECODE_ROWS", 7)
+    monkeypatch.setattr(plan, "DECODE_ROWS", 7)
     pieces = ll.read(llama, zoo.ids(), sites="neuron,head_out", target=[5])
     assert len(whole.sites) == 3 * 48 + 3 * 4 + 1
     for key, values in whole.arrays.items():
@@ -221,18 +221,18 @@ def test_progress_is_reported_to_the_end(llama: ll.Model) -> None:
 
 def test_short_prompts_are_decoded_in_groups(llama: ll.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Together, so that the head is gone through once for many, but never more than some positions at a time."""
-    from logitlab import reader
+    from logitlab import plan, reader
 
     prompts = [zoo.ids(n, seed=n) for n in (3, 9, 4, 4, 12, 2)]
     whole = ll.read(llama, prompts, target=[5])
     sizes: list[int] = []
-    original = reader.Asked.of
+    original = plan.Asked.of
 
     def watched(self: Any, x: torch.Tensor, *args: Any) -> Any:
         sizes.append(x.shape[1])
         return original(self, x, *args)
 
-    monkeypatch.setattr(reader.Asked, "of", watched)
+    monkeypatch.setattr(plan.Asked, "of", watched)
     monkeypatch.setattr(reader, "GROUP_POSITIONS", 16)
     seen: list[tuple[int, int]] = []
     grouped = ll.read(llama, prompts, target=[5], progress=lambda done, total: seen.append((done, total)))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logitlab as ll
-from logitlab import reader
+from logitlab import plan, reader
 from logitlab.errors import OutOfMemoryError
 from logitlab.models import passes
 from logitlab.models.capture import capture
@@ -490,13 +490,13 @@ def test_what_is_shared_is_run_and_decoded_once(monkeypatch: pytest.MonkeyPatch)
     seen = forward_tokens(model, monkeypatch)
     prefix = zoo.ids(9)
     decoded: list[int] = []
-    original = reader.Asked.of
+    original = plan.Asked.of
 
     def watched(self: Any, x: torch.Tensor, *args: Any) -> Any:
         decoded.append(x.shape[1])
         return original(self, x, *args)
 
-    monkeypatch.setattr(reader.Asked, "of", watched)
+    monkeypatch.setattr(plan.Asked, "of", watched)
     ll.read(model, [[*prefix, 1], [*prefix, 2, 3], [*prefix, 4]])
     assert sorted(seen) == [1, 1, 2, 9]
     assert sum(decoded) == 9 + 1 + 2 + 1

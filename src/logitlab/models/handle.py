@@ -341,6 +341,14 @@ class Model:
                     return [value]
         return []
 
+    def check_free(self) -> None:
+        """Raise `InputError` if this thread holds the model: another one could not get on then."""
+        lock: Any = _lock_of(self.module)
+        if lock._is_owned():
+            raise InputError(
+                f"{self.name} is at work in this very thread (in a callback, say): wait until that is done"
+            )
+
     def takes(self, name: str) -> bool:
         """Whether the model's forward pass has a parameter of this name."""
         return name in forward_parameters(self.module)

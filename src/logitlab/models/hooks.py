@@ -10,7 +10,7 @@ from torch import nn
 
 from logitlab.errors import ModelError
 
-Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
@@ -61,7 +61,10 @@ class Taps:
             self._undo.pop()()
 
     def before(self, module: nn.Module, fn: Before) -> None:
-        """Call ``fn(module, args, kwargs)`` before each call of ``module``; it must return None."""
+        """Call ``fn(module, args, kwargs)`` before each call of ``module``.
+
+        A result other than None is a pair that takes the place of ``(args, kwargs)``.
+        """
         self._undo.append(module.register_forward_pre_hook(fn, with_kwargs=True).remove)
 
     def after(self, module: nn.Module, fn: After) -> None:

@@ -125,7 +125,7 @@ def parts(
     done: set[int] = set()
     for run in _runs({n: prompts[n].ids for n in plain}, share=share):
         whole = not run.after and len(run.ids) <= PASS_TOKENS
-        if not whole and not _continues(model, max((prompts[n] for n in run.owners), key=lambda p: len(p.ids))):
+        if not whole and not continues(model, max((prompts[n] for n in run.owners), key=lambda p: len(p.ids))):
             continue
         done |= set(run.owners)
         if whole:
@@ -316,7 +316,7 @@ def _buffers(model: Model) -> list[tuple[int, int]]:
 # -- proof that a model goes on from its cache -------------------------------------------------
 
 
-def _continues(model: Model, prompt: Encoded) -> bool:
+def continues(model: Model, prompt: Encoded) -> bool:
     """Whether passes over parts of a prompt give what one pass over all of it gives.
 
     It is proved for a length, and again when the model has changed: its weights, its hooks, its kind of attention.
@@ -336,6 +336,13 @@ def _continues(model: Model, prompt: Encoded) -> bool:
         with model.exclusive():
             known = model.continuation = Continuation(_state(model), needed if fine else 0)
     return known.tokens > 0
+
+
+def cache_of(model: Model, prompts: Sequence[Encoded]) -> Cache:
+    """What a model that goes on from its cache (`continues`) hands on after some tokens of equal length."""
+    cache = _forward(model, prompts, [], [()] * len(prompts), more=True).cache
+    assert cache is not None
+    return cache
 
 
 def _tokens_of_proof(windows: Sequence[int], length: int) -> int:

@@ -43,6 +43,11 @@ STATE_VALUES = 2**23
 """Most hidden values that one replay with several states may hold at once."""
 
 
+def _differentiable(hidden: torch.Tensor) -> torch.set_grad_enabled:
+    """Gradients only where a hidden state asks for them: fitting needs them, reading does not."""
+    return torch.set_grad_enabled(hidden.requires_grad and torch.is_grad_enabled())
+
+
 class Tail:
     """Decode hidden states with a model's own last step.
 
@@ -221,7 +226,7 @@ class Tail:
         if run is not None:
             play(taps, (*run.upstream, *run.beside))
             _recall(taps, self.stack, run, hidden)
-            with torch.no_grad():
+            with _differentiable(hidden):
                 return self.module(**run.inputs)
         inputs = self.template.rows(hidden.shape[0])
         assert inputs is not None
@@ -234,7 +239,7 @@ class Tail:
 
         play(taps, [(path, module, repeated(output)) for path, module, output in self._skipped])
         _skip(taps, self.stack, hidden)
-        with torch.no_grad():
+        with _differentiable(hidden):
             return self.module(**inputs)
 
     # -- the fast form -------------------------------------------------------------------------
