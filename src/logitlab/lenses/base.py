@@ -6,8 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from logitlab.logits import Head
 from logitlab.models.handle import Model
 from logitlab.models.sites import Site
+from logitlab.models.vocabulary import ColumnLabels
 
 
 @runtime_checkable
@@ -32,4 +34,19 @@ class Lens(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the provenance of a reading."""
+        ...
+
+
+@runtime_checkable
+class OwnColumns(Protocol):
+    """A lens that decodes into columns of its own, in place of the model's.
+
+    Attributes:
+        columns: what its columns are called.
+    """
+
+    columns: ColumnLabels
+
+    def source(self, model: Model) -> Head:
+        """The linear head that takes the place of the model's, behind the model's final norm."""
         ...
