@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # No date and a fixed salt: the same Reading gives the same file.
-_METADATA: dict[str, dict[str, Any]] = {
+METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None},
     ".pdf": {"CreationDate": None},
 }
-_SETTINGS: dict[Any, Any] = {"svg.hashsalt": "logitlab", "svg.fonttype": "none", "pdf.fonttype": 42}
+SETTINGS: dict[Any, Any] = {"svg.hashsalt": "logitlab", "svg.fonttype": "none", "pdf.fonttype": 42}
 # Fonts for scripts that Matplotlib's own font lacks; those that are installed are used.
 _SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei", "Noto Emoji", "Noto Sans")
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-_STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _SMALL, _TEXT = 6.5, 8.0  # points
 _MOST_POSITIONS, _MOST_SITES = 40, 60  # beyond these a cell has no room for its token
 
@@ -53,16 +53,16 @@ def save_figure(reading: Reading, path: str | Path, *, prompt: int = 0) -> Path:
     """
     path = Path(path)
     ending = path.suffix.lower()
-    if ending not in _METADATA:
+    if ending not in METADATA:
         raise InputError(f"cannot write a figure to {path}: its name must end in .png, .svg or .pdf")
     drawn = figure(reading, prompt=prompt)
     import matplotlib as mpl
 
     def write(temporary: Path) -> None:
-        with mpl.rc_context(rc=_SETTINGS), warnings.catch_warnings():
+        with mpl.rc_context(rc=SETTINGS), warnings.catch_warnings():
             # A character that no installed font has is drawn as a box.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            drawn.savefig(temporary, format=ending[1:], dpi=200, metadata=_METADATA[ending])
+            drawn.savefig(temporary, format=ending[1:], dpi=200, metadata=METADATA[ending])
 
     return write_atomically(path, write)
 
@@ -168,10 +168,8 @@ def _ranks(axes: Axes, reading: Reading, n: int) -> None:
     ranks = reading.arrays["target_rank"][n, :, last]
     for t, target in enumerate(reading.targets):
         shown = np.where(ranks[:, t] > 0, ranks[:, t], np.nan)
-        style = _STYLES[(t + t // len(_LINES)) % len(_STYLES)]  # when colours repeat, dashes differ
-        axes.plot(
-            shown, np.arange(len(shown)), color=_LINES[t % len(_LINES)], linestyle=style, marker="o", ms=2, lw=1.2
-        )
+        style = STYLES[(t + t // len(LINES)) % len(STYLES)]  # when colours repeat, dashes differ
+        axes.plot(shown, np.arange(len(shown)), color=LINES[t % len(LINES)], linestyle=style, marker="o", ms=2, lw=1.2)
         axes.lines[-1].set_label(str(target.id))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_whole))
