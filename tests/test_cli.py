@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import logitlab as ll
-from logitlab import cli
 from logitlab.cli import main
 from tests.commands import refused
 from tests.views.conftest import build, screened, without
@@ -104,11 +103,14 @@ def test_positions_and_sites(checkpoint: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_options_have_the_names_that_the_library_has() -> None:
     """The command line repeats them, so that its help needs no torch."""
+    from logitlab.cli import corpora, options
+    from logitlab.lenses import FAMILIES
     from logitlab.logits import PRECISIONS
-    from logitlab.reader import STATISTICS
+    from logitlab.plan import STATISTICS
 
-    assert cli.STATISTICS == STATISTICS
-    assert tuple(cli.Precision) == PRECISIONS
+    assert options.STATISTICS == STATISTICS
+    assert tuple(options.Precision) == PRECISIONS
+    assert tuple(corpora.Kind) == tuple(FAMILIES)
 
 
 @pytest.mark.parametrize(

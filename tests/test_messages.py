@@ -393,7 +393,7 @@ def test_outputs_are_checked_before_the_model_is_loaded(
     assert refused(capsys, "read", "x", "--figure", gif) == (
         f"cannot write {gif}: a figure's name ends in .png, .svg, .pdf"
     )
-    monkeypatch.setattr("logitlab.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("logitlab.cli.options.find_spec", lambda name: None)
     assert refused(capsys, "read", "x", "--figure", tmp_path / "x.png") == (
         "a figure needs matplotlib: pip install 'logitlab[figures]'"
     )

@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from logitlab.errors import ModelError as ModelError
     from logitlab.errors import OutOfMemoryError as OutOfMemoryError
     from logitlab.errors import VerificationError as VerificationError
+    from logitlab.generation import Step as Step
+    from logitlab.generation import generate as generate
+    from logitlab.lenses import ConceptLens as ConceptLens
+    from logitlab.lenses import FittedLens as FittedLens
     from logitlab.lenses import Lens as Lens
     from logitlab.lenses import LogitLens as LogitLens
+    from logitlab.lenses import PatchscopeLens as PatchscopeLens
+    from logitlab.lenses import load_lens as load_lens
+    from logitlab.lenses.fit import fit as fit
+    from logitlab.lenses.jacobian import fit_jacobian as fit_jacobian
     from logitlab.logits import Statistics as Statistics
     from logitlab.models.capture import Activations as Activations
     from logitlab.models.capture import capture as capture
@@ -27,11 +35,15 @@ if TYPE_CHECKING:
     from logitlab.reader import decode as decode
     from logitlab.reader import read as read
     from logitlab.reading import Reading as Reading
+    from logitlab.sweeps import SweepReport as SweepReport
+    from logitlab.sweeps import sweep as sweep
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Activations": "models.capture",
+    "ConceptLens": "lenses",
+    "FittedLens": "lenses",
     "InputError": "errors",
     "Lens": "lenses",
     "LogitLens": "lenses",
@@ -39,20 +51,30 @@ _HOME = {
     "Model": "models.handle",
     "ModelError": "errors",
     "OutOfMemoryError": "errors",
+    "PatchscopeLens": "lenses",
     "Reading": "reading",
     "Site": "models.sites",
     "Statistics": "logits",
+    "Step": "generation",
+    "SweepReport": "sweeps",
     "Verification": "models.verify",
     "VerificationError": "errors",
     "capture": "models.capture",
     "decode": "reader",
+    "fit": "lenses.fit",
+    "fit_jacobian": "lenses.jacobian",
+    "generate": "generation",
     "load": "models.load",
+    "load_lens": "lenses",
     "read": "reader",
+    "sweep": "sweeps",
     "wrap": "models.handle",
 }
 
 __all__ = [
     "Activations",
+    "ConceptLens",
+    "FittedLens",
     "InputError",
     "Lens",
     "LogitLens",
@@ -60,15 +82,23 @@ __all__ = [
     "Model",
     "ModelError",
     "OutOfMemoryError",
+    "PatchscopeLens",
     "Reading",
     "Site",
     "Statistics",
+    "Step",
+    "SweepReport",
     "Verification",
     "VerificationError",
     "capture",
     "decode",
+    "fit",
+    "fit_jacobian",
+    "generate",
     "load",
+    "load_lens",
     "read",
+    "sweep",
     "wrap",
 ]
 
