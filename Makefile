@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow real lint format docs bench coverage coverage-slice check clean
+.PHONY: help setup demo test slow real lint format docs bench lenses coverage coverage-slice check clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ docs: $(VENV)/.dev ## build the documentation into site/
 bench: $(VENV)/.dev ## measure speed and memory, beside peers too, and write docs/benchmarks.md (about an hour)
 	$(BIN)/python benchmarks/run.py
 
+lenses: $(VENV)/.dev ## fit every kind of lens on the default model, and write docs/fitted.md (about 90 minutes)
+	$(BIN)/python tools/fit_lenses.py
+
 coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has, and write docs/coverage.md
 	$(BIN)/logitlab verify --all
 
@@ -63,4 +66,4 @@ coverage-slice: $(VENV)/.dev ## verify a few types of each task; fails if one go
 check: lint test docs ## everything that CI runs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .bench demo site build dist
+	rm -rf $(VENV) .bench .lenses demo site build dist

@@ -32,15 +32,16 @@ def peak_of(case: Callable[[], object]) -> tuple[float, float]:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    before = _status("VmRSS")
+    before = status_of("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
     start = time.perf_counter()
     case()
     seconds = time.perf_counter() - start
-    return seconds, (_status("VmHWM") - before) / 1024
+    return seconds, (status_of("VmHWM") - before) / 1024
 
 
-def _status(name: str) -> int:
+def status_of(name: str) -> int:
+    """A size in kB that the kernel tells of this process."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1])
@@ -52,7 +53,7 @@ def main() -> None:
     name, folder = sys.argv[1:3]
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the protocol has standard output to itself
     contestant: Any = importlib.import_module(f"contestants.{name}").Contestant(folder)
-    soft = _status("VmSize") * 1024 + MOST_MEMORY
+    soft = status_of("VmSize") * 1024 + MOST_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
     model = next((m for n in ("module", "hf_model") if (m := getattr(contestant.model, n, None))), contestant.model)
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
