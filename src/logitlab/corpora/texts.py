@@ -86,8 +86,8 @@ def corpus(source: Any, *, column: str = "text") -> Corpus:
             column, a row that is no JSON object, no text at all.
 
     Example:
-        >>> [text.text for text in corpus(["one", "two"])]
-        ['one', 'two']
+        >>> " ".join(text.text for text in corpus(["one", "two"]))
+        'one two'
     """
     if isinstance(source, Corpus):
         return source
