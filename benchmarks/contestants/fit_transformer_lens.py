@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-sys.path[0] = str(Path(__file__).parents[1])  # its own folder has modules named like the peers
+del sys.path[0]  # its own folder has modules named like the peers
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path[0] = str(Path(__file__).parents[1])  # its own folder has modules named like the peers
+del sys.path[0]  # its own folder has modules named like the peers
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 def _stand_ins() -> None:
@@ -45,9 +46,10 @@ class Place:
 
 def main() -> None:
     """Fit, save the lens, print seconds and peak memory."""
-    _stand_ins()
     from transformers import AutoModelForCausalLM
     from tuned_lens import TunedLens
+
+    _stand_ins()  # not before: Transformers looks at what is installed
     from tuned_lens.scripts.ingredients import Optimizer
     from tuned_lens.scripts.train_loop import LossChoice, State, Train
 
