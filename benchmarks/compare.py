@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def environment(peer: str) -> str:
         subprocess.run([*pip, "-r", str(HERE / "peers" / f"{peer}.txt")], check=True)
         done.touch()
     return str(python)
+
+
+def in_turn(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Run some commands in turn; by command, the seconds and megabytes that each prints in the end, as JSON."""
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "megabytes": []} for name in commands}
+    threads = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=threads)
+            result = json.loads(done.stdout.splitlines()[-1])
+            for key, values in found[name].items():
+                values.append(result[key])
+    return found
 
 
 def check_alike(processes: list[Process]) -> None:

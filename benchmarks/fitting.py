@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,25 +71,17 @@ def measure(steps: int, windows: int, length: int, rounds: int) -> Result:
     text = real_text()
     every = [np.array(w.ids) for w in windows_of(model, corpus([text]), length)]
     need = steps * windows
-    found: dict[str, dict[str, list[float]]] = {}
     with TemporaryDirectory() as folder:
         place = Path(folder)
         np.save(place / "ids.npy", np.stack(every[:need]).astype(np.int32))
         peer = compare.environment("tuned-lens")
-        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
-        commands: dict[str, Sequence[str]] = {
+        arguments = [str(place / "ids.npy"), str(steps), str(windows)]
+        scripts = {
             "tuned-lens": [peer, str(HERE / "contestants" / "fit_tuned_lens.py"), str(converted(source))],
             "logitlab": [sys.executable, __file__, "--ours"],
         }
-        for _ in range(rounds):
-            for name, command in commands.items():
-                arguments = [str(place / "ids.npy"), str(steps), str(windows), str(place / f"lens-{name}")]
-                done = subprocess.run(
-                    [*command, *arguments], capture_output=True, text=True, check=True, env=environment
-                )
-                result = json.loads(done.stdout.splitlines()[-1])
-                for key in ("seconds", "megabytes"):
-                    found.setdefault(name, {}).setdefault(key, []).append(result[key])
+        commands = {name: [*script, *arguments, str(place / f"lens-{name}")] for name, script in scripts.items()}
+        found = compare.in_turn(commands, rounds)
         lenses: dict[str, Any] = {
             "logit lens": ll.LogitLens(),
             "tuned-lens": ll.load_lens(place / "lens-tuned-lens", allow_pickle=True),

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,24 +50,17 @@ def measure(prompts: int, tokens: int, rounds: int) -> Result:
     model = ll.load("default")
     ids = model.tokenizer(real_text()[:60_000])["input_ids"]
     texts = [model.tokenizer.decode(ids[1000 * n : 1000 * n + tokens]) for n in range(prompts)]
-    runs: dict[str, dict[str, list[float]]] = {}
     with TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "prompts.json").write_text(json.dumps(texts))
-        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
-        peer = compare.environment("transformer-lens")
         script = str(HERE / "contestants" / "fit_transformer_lens.py")
-        commands: dict[str, Sequence[str]] = {
-            "TransformerLens": [peer, script, str(converted(source))],
+        scripts = {
+            "TransformerLens": [compare.environment("transformer-lens"), script, str(converted(source))],
             "logitlab": [sys.executable, __file__, "--ours"],
         }
-        for _ in range(rounds):
-            for name, command in commands.items():
-                both = [*command, str(place / "prompts.json"), str(place / f"{name}.pt")]
-                done = subprocess.run(both, capture_output=True, text=True, check=True, env=environment)
-                result = json.loads(done.stdout.splitlines()[-1])
-                for key in ("seconds", "megabytes"):
-                    runs.setdefault(name, {}).setdefault(key, []).append(result[key])
+        prompts_file = str(place / "prompts.json")
+        commands = {name: [*first, prompts_file, str(place / f"{name}.pt")] for name, first in scripts.items()}
+        runs = compare.in_turn(commands, rounds)
         theirs, mine = (torch.load(place / f"{name}.pt", weights_only=True)["J"] for name in commands)
         worst = max(float((theirs[i] - mine[i]).abs().max() / theirs[i].abs().max()) for i in theirs)
         norm = max(float((theirs[i] - mine[i]).norm() / theirs[i].norm()) for i in theirs)

@@ -14,7 +14,8 @@ import pytest
 import logitlab as ll
 from logitlab.sweeps import SweepReport
 from tests.commands import COMMAND, refused, run
-from tests.sweeps.test_sweep import content, texts
+from tests.sweeps.test_sweep import content
+from tests.words import rows as texts
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,11 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], checkpoint: Path, corpus:
         (("fit", corpus, *model, "--out", tmp_path / "a", "--length", 9000), "windows of 9000 tokens; at least"),
         (("fit", corpus, *model, "--out", tmp_path / "a", "--kind", "low-rank", "--rank", 99), "rank is 99"),
         (("fit", corpus, *model, "--out", tmp_path / "a", "--optimiser", "lion"), "there is no optimiser 'lion'"),
+        (("fit", corpus, *model, "--out", tmp_path / "a", "--prompts", 3), "prompts is about a Jacobian lens"),
+        (
+            ("fit", corpus, *model, "--out", tmp_path / "a", "--kind", "jacobian", "--steps", 3),
+            "steps means nothing to it",
+        ),
         (("generate", "a", "b", *model), "give one prompt, not 2"),
         (("generate", "a", *model, "--temperature", 0.5), "add --sample"),
         (("read", "a", *model, "--lens", tmp_path / "no"), "there is no lens at"),

@@ -17,12 +17,6 @@ from tests import zoo
 PROMPT = "the sea is calm"
 
 
-def hooks(model: ll.Model) -> int:
-    """Hooks on a model but for those that Transformers leaves there to collect hidden states."""
-    found = [h for m in model.module.modules() for h in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
-    return sum(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in found)
-
-
 def model_of(name: str) -> ll.Model:
     return ll.wrap(zoo.build(name), zoo.tokenizer(), name=name)
 
@@ -47,7 +41,7 @@ def test_greedy_tokens_and_readings(name: str) -> None:
         for key in ("entropy", "kl", "top_logprob", "target_logprob"):
             np.testing.assert_allclose(step.reading.arrays[key], plain.arrays[key], atol=2e-4, err_msg=key)
         assert step.logprob == pytest.approx(float(plain.arrays["target_logprob"][0, -1, 0, 0]), abs=2e-4)
-    assert hooks(model) == 0
+    assert zoo.hooks(model.module) == 0
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -115,7 +109,7 @@ def test_the_model_is_free_between_tokens(llama: ll.Model) -> None:
     written: list[int] = []
     for step in ll.generate(llama, zoo.ids(6), max_new_tokens=5, do_sample=False):
         written.append(step.token_id)
-        assert hooks(llama) == 0
+        assert zoo.hooks(llama.module) == 0
         found: list[ll.Reading] = [ll.read(llama, zoo.ids(4))]
         thread = threading.Thread(target=lambda found=found: found.append(ll.read(llama, zoo.ids(4))))
         thread.start()
@@ -134,7 +128,7 @@ def test_stopping_early_leaves_nothing(llama: ll.Model) -> None:
     steps.close()  # type: ignore[attr-defined]
     ll.generate(llama, zoo.ids(6))  # nobody asks for the first token
     assert threading.active_count() == before
-    assert hooks(llama) == 0
+    assert zoo.hooks(llama.module) == 0
     ll.read(llama, zoo.ids(3))
 
 
@@ -145,7 +139,7 @@ def test_an_error_in_the_loop_ends_the_generation(llama: ll.Model) -> None:
 
     with pytest.raises(ZeroDivisionError):
         loop()
-    assert hooks(llama) == 0
+    assert zoo.hooks(llama.module) == 0
     ll.read(llama, zoo.ids(3))
 
 
@@ -206,7 +200,7 @@ def test_bad_requests(llama: ll.Model) -> None:
             list(ll.generate(llama, inputs, **options))
     with pytest.raises(InputError, match="does not run on this input"):
         list(ll.generate(ll.wrap(zoo.build("gpt2")), zoo.ids(60), max_new_tokens=20))
-    assert hooks(llama) == 0
+    assert zoo.hooks(llama.module) == 0
 
     class Bare(torch.nn.Module):
         def __init__(self) -> None:

@@ -125,6 +125,12 @@ def build(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def hooks(module: Any) -> int:
+    """Number of hooks on a model but for those that Transformers leaves there to collect hidden states."""
+    found = [h for m in module.modules() for h in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
+    return sum(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in found)
+
+
 def perturb(model: Any) -> None:
     """Make norms, biases and weights far from their initial values."""
     with torch.no_grad():

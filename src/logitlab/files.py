@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from logitlab.errors import InputError
 
@@ -75,6 +76,16 @@ def write_text(path: str | Path, text: str) -> Path:
         temporary.write_text(text, encoding="utf-8")
 
     return write_atomically(path, write)
+
+
+def difference(its: Any, mine: Any) -> str:
+    """How a record that was found differs from one that was expected, in words."""
+    if isinstance(its, dict) and isinstance(mine, dict):
+        names = [name for name in {**its, **mine} if its.get(name) != mine.get(name)]
+        pairs = [(f"{name}: ", its.get(name), mine.get(name)) for name in names[:2]]
+    else:
+        pairs = [("", its, mine)]
+    return ", ".join(f"{name}{str(a)[:40]} there, {str(b)[:40]} here" for name, a, b in pairs)
 
 
 def _umask() -> int:

@@ -77,12 +77,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert [t.text for t in corpus(tmp_path)] == ["one", "two"]
 
 
-def test_the_digest_is_of_the_texts(tmp_path: Path) -> None:
-    assert corpus(ROWS).digest() == corpus(jsonl(tmp_path / "a.jsonl", ROWS)).digest()
-    assert corpus(ROWS).digest() != corpus(ROWS[::-1]).digest()
-    assert corpus(["ab", "c"]).digest() != corpus(["a", "bc"]).digest()
-
-
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     def said(source: Any, match: str, **options: Any) -> None:
         with pytest.raises(InputError, match=match):

@@ -16,41 +16,11 @@ from logitlab.lenses.fitted import FittedLens
 from logitlab.lenses.maps import FAMILIES
 from logitlab.sweeps import sweep
 from tests import zoo
-from tests.test_generation import hooks
+from tests.words import texts
 
 SMALL = Recipe(
     steps=12, windows_per_step=2, length=16, share=0.5, validate_every=4, validation_windows=3, patience=9, rate=3e-3
 )
-WORDS = [
-    "the",
-    "sea",
-    "is",
-    "calm",
-    "and",
-    "the",
-    "moon",
-    "is",
-    "full",
-    "while",
-    "a",
-    "ship",
-    "goes",
-    "on",
-    "over",
-    "the",
-    "cold",
-    "grey",
-    "water",
-    "to",
-    "the",
-    "far",
-    "shore",
-]
-
-
-def texts(count: int = 60) -> list[str]:
-    draw = np.random.default_rng(0)
-    return [" ".join(draw.choice(WORDS, 30)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +170,7 @@ def test_the_model_is_left_as_it_was() -> None:
     fit(model, texts(), recipe=SMALL, steps=2)
     assert model.fingerprint == before
     assert all(p.grad is None for p in model.module.parameters())
-    assert hooks(model) == 0
+    assert zoo.hooks(model.module) == 0
 
 
 def test_a_cap_a_norm_and_a_masked_model() -> None:
@@ -226,7 +196,7 @@ def test_bad_input(model: ll.Model, tmp_path: Path) -> None:
         fit(model, [{"text": "x"}], column="body", recipe=SMALL)
     for options, match in (
         ({"seed": -1}, "seed is -1"),
-        ({"steps": 2.5}, "steps"),
+        ({"steps": 2.5}, r"steps 2\.5 is not a whole number"),
         ({"decay": float("nan")}, "decay is nan"),
         ({"prompts": 3}, "prompts is about a Jacobian lens"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),

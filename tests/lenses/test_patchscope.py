@@ -13,7 +13,6 @@ from logitlab.errors import InputError
 from logitlab.lenses.fitted import FittedLens
 from tests import zoo
 from tests.lenses.test_fitted import changed
-from tests.test_generation import hooks
 
 TARGET = [7, 30, 8, 30, 9]
 
@@ -100,7 +99,7 @@ def test_nothing_is_left_on_the_model(llama: ll.Model) -> None:
     with pytest.raises(InputError, match="RuntimeError: no"):
         lens.transport(torch.randn(2, llama.width), site)
     hook.remove()
-    assert hooks(llama) == 0
+    assert zoo.hooks(llama.module) == 0
 
 
 def test_bad_requests(llama: ll.Model) -> None:

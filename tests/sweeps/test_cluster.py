@@ -12,7 +12,8 @@ import logitlab as ll
 from logitlab.errors import InputError
 from logitlab.sweeps import sweep
 from tests import zoo
-from tests.sweeps.test_sweep import content, texts
+from tests.sweeps.test_sweep import content
+from tests.words import rows as texts
 
 ray: Any = pytest.importorskip("ray")
 

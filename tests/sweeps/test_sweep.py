@@ -25,40 +25,7 @@ from logitlab.sweeps import Progress, SweepReport, sweep
 from logitlab.sweeps.run import looks_back_only
 from tests import zoo
 from tests.lenses.test_fitted import changed
-
-WORDS = [
-    "the",
-    "sea",
-    "is",
-    "calm",
-    "and",
-    "the",
-    "moon",
-    "is",
-    "full",
-    "while",
-    "a",
-    "ship",
-    "goes",
-    "on",
-    "over",
-    "the",
-    "cold",
-    "grey",
-    "water",
-    "to",
-    "the",
-    "far",
-    "shore",
-]
-
-
-def texts(count: int = 24, seed: int = 0) -> list[dict[str, str]]:
-    draw = np.random.default_rng(seed)
-    return [
-        {"text": " ".join(draw.choice(WORDS, int(draw.integers(3, 30)))), "lang": str(draw.choice(["en", "de"]))}
-        for _ in range(count)
-    ]
+from tests.words import rows as texts
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +206,7 @@ import sys, json
 from pathlib import Path
 import logitlab as ll
 from tests import zoo
-from tests.sweeps.test_sweep import texts
+from tests.words import rows as texts
 from logitlab.sweeps import sweep
 model = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
 print("ready", flush=True)
@@ -326,7 +293,7 @@ def test_bad_requests(model: ll.Model, tmp_path: Path) -> None:
     said("no lens was given", lens=[])
     said(r"lens is the text 'tuned'", lens="tuned")
     said("workers are those of a Ray cluster", workers=2)
-    said("length is 8.5; it must be a whole number|length", length=8.5)
+    said(r"length 8\.5 is not a whole number", length=8.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("logitlab.sweeps.run.MOST_GROUPS", 3)
         many = [{"text": t["text"], "id": str(n)} for n, t in enumerate(texts())]

@@ -15,7 +15,7 @@ from logitlab.sweeps import SweepReport, sweep
 from logitlab.views.curves import curves, figure, table
 from tests import zoo
 from tests.lenses.test_fitted import changed
-from tests.sweeps.test_sweep import texts
+from tests.words import rows as texts
 
 
 @pytest.fixture(scope="module")

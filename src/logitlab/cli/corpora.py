@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from enum import StrEnum
+from math import exp, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,6 @@ from logitlab.errors import InputError
 
 if TYPE_CHECKING:
     from logitlab.lenses import FittedLens, Lens
-    from logitlab.models.handle import Model
 
 
 class Kind(StrEnum):
@@ -70,16 +70,16 @@ def fit(
     sites: Sites = None,
     column: Column = "text",
     rank: Annotated[int | None, typer.Option(help="Rank of a low-rank lens (32).")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 250,
-    windows_per_step: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps (250).")] = None,
+    windows_per_step: Annotated[int | None, typer.Option(min=1, help="Windows of a step (4).")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window (256; Jacobian lens: 128).")] = None,
-    share: Annotated[float, typer.Option(help="Part of a window's positions that a step uses.")] = 0.25,
-    optimiser: Annotated[str, typer.Option(help="adam, or sgd with Nesterov momentum.")] = "adam",
-    rate: Annotated[float, typer.Option(help="Learning rate; it falls linearly to 0.")] = 1e-3,
-    patience: Annotated[int, typer.Option(min=1, help="Looks without any gain after which to stop.")] = 4,
-    prompts: Annotated[int, typer.Option(min=1, help="Windows that a Jacobian lens is measured on.")] = 100,
-    skip_first: Annotated[int, typer.Option(min=0, help="Positions that a Jacobian lens leaves out.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the order of windows and the choice of positions.")] = 0,
+    share: Annotated[float | None, typer.Option(help="Part of a window's positions that a step uses (0.25).")] = None,
+    optimiser: Annotated[str | None, typer.Option(help="adam, or sgd with Nesterov momentum (adam).")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; it falls linearly to 0 (0.001).")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Looks without any gain after which to stop (4).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of windows and the choice of positions (0).")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Jacobian lens: windows to measure on (100).")] = None,
+    skip_first: Annotated[int | None, typer.Option(min=0, help="Jacobian lens: positions to leave out (16).")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
@@ -99,20 +99,20 @@ def fit(
         say("fitting")
     from logitlab.lenses.fit import fit as fit_lens
 
-    if kind is Kind.JACOBIAN:
-        options: dict[str, Any] = {"prompts": prompts, "skip_first": skip_first, "length": length or 128}
-    else:
-        options = {
-            "rank": rank,
-            "steps": steps,
-            "windows_per_step": windows_per_step,
-            "length": length or 256,
-            "share": share,
-            "optimiser": optimiser,
-            "rate": rate,
-            "patience": patience,
-            "seed": seed,
-        }
+    given: dict[str, Any] = {
+        "rank": rank,
+        "steps": steps,
+        "windows_per_step": windows_per_step,
+        "length": length,
+        "share": share,
+        "optimiser": optimiser,
+        "rate": rate,
+        "patience": patience,
+        "seed": seed,
+        "prompts": prompts,
+        "skip_first": skip_first,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     with _going_on(out, "steps") as tell:
 
         def progress(p: Any) -> None:
@@ -281,10 +281,10 @@ def generate(
         target=[target_of(t) for t in target] if target else None,
         **options,
     )
-    _print_steps(handle, steps, as_json)
+    _print_steps(steps, as_json)
 
 
-def _print_steps(model: Model, steps: Any, as_json: bool) -> None:
+def _print_steps(steps: Any, as_json: bool) -> None:
     """One line for each token, as soon as it is there."""
     from logitlab.reading import to_json
     from logitlab.views.tokens import visible
@@ -301,15 +301,12 @@ def _print_steps(model: Model, steps: Any, as_json: bool) -> None:
             found = {"token_id": step.token_id, "token": step.token, "text": step.text, "logprob": step.logprob}
             print(to_json(found | {"first_from": site, "cells": cells}), flush=True)
             continue
-        probability = 2.718281828459045**step.logprob
-        line = f"{visible(step.token):<20}{probability:>8.1%}  {site or '(drawn)':<16}{_spark(ranks)}"
+        line = f"{visible(step.token):<20}{exp(step.logprob):>8.1%}  {site or '(drawn)':<16}{_spark(ranks)}"
         print(line, flush=True)
 
 
 def _spark(ranks: list[int]) -> str:
     """Ranks as blocks: the higher, the nearer to 1."""
-    from math import log10
-
     blocks = "▁▂▃▄▅▆▇█"
     return "".join(blocks[max(0, 7 - round(1.75 * log10(r)))] for r in ranks)
 

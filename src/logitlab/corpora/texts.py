@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -61,14 +60,6 @@ class Corpus:
             yield Text(_sound(text, place), place, {k: v for k, v in row.items() if k != self._column})
         if count == 0:
             raise InputError(f"the corpus {self.name} is empty: it has no text")
-
-    def digest(self) -> str:
-        """Hexadecimal SHA-256 over all texts in their order; goes through the whole corpus."""
-        found = hashlib.sha256()
-        for text in self:
-            data = text.text.encode()
-            found.update(len(data).to_bytes(8, "little") + data)
-        return found.hexdigest()
 
 
 def corpus(source: Any, *, column: str = "text") -> Corpus:

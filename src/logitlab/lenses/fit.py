@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from logitlab.corpora import Corpus, corpus, windows
 from logitlab.errors import InputError, ModelError
-from logitlab.files import write_atomically, write_text
+from logitlab.files import difference, write_atomically, write_text
 from logitlab.lenses.fitted import FittedLens, check_folder, identity, read_record
 from logitlab.lenses.jacobian import SKIP_FIRST, fit_jacobian
 from logitlab.logits import statistics
@@ -526,7 +526,7 @@ class _Fit:
             raise InputError(f"{folder / STATE} is damaged: remove the folder and start again")
         other = [name for name in mine if its.get(name) != mine[name]]
         if other:
-            what = ", ".join(f"{name} ({_difference(its.get(name), mine[name])})" for name in other)
+            what = ", ".join(f"{name} ({difference(its.get(name), mine[name])})" for name in other)
             raise InputError(f"{folder} holds a fit that differs in its {what}: give another folder, or what was given")
         self.lens.maps.to(self.device).requires_grad_(True)
         optimiser = self._optimiser()
@@ -552,10 +552,3 @@ class _Fit:
 
 def _wide(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-
-
-def _difference(a: Any, b: Any) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        names = [k for k in {**a, **b} if a.get(k) != b.get(k)]
-        return ", ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in names[:2])
-    return f"{str(a)[:40]} there, {str(b)[:40]} here"

@@ -23,9 +23,6 @@ FORMAT = 1
 ALL = "all"
 """The group that every token is in."""
 
-LEVEL = 0.95
-"""Level of the intervals."""
-
 
 @dataclass(frozen=True)
 class Measure:

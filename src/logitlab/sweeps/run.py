@@ -17,7 +17,7 @@ import torch
 
 from logitlab.corpora import Corpus, corpus
 from logitlab.errors import InputError
-from logitlab.files import write_text
+from logitlab.files import difference, write_text
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
 from logitlab.models.capture import capture_encoded
@@ -282,7 +282,7 @@ def _opened(folder: Path, worker: Worker, held: ExitStack) -> Path:
         its = its if isinstance(its, dict) else {}
         differing = [name for name in key if its.get(name) != key[name]]
         if differing:
-            what = ", ".join(_difference(name, its.get(name), key[name]) for name in differing)
+            what = ", ".join(f"{name} ({difference(its.get(name), key[name])})" for name in differing)
             raise InputError(f"{folder} holds a sweep with another {what}: give another folder, or the same arguments")
     else:
         write_text(manifest, json.dumps(key, indent=1) + "\n")
@@ -305,17 +305,6 @@ def _lock(folder: Path, held: ExitStack) -> None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise InputError(f"another sweep is at work in {folder}: wait for it, or give another folder") from error
         # a file system without locks: there is none then
-
-
-def _difference(name: str, its: Any, mine: Any) -> str:
-    if isinstance(its, dict) and isinstance(mine, dict):
-        names = [k for k in {**its, **mine} if its.get(k) != mine.get(k)][:2]
-        return f"{name} ({', '.join(f'{k}: {_short(its.get(k))} there, {_short(mine.get(k))} here' for k in names)})"
-    return f"{name} ({_short(its)} there, {_short(mine)} here)"
-
-
-def _short(value: Any) -> str:
-    return str(value)[:40]
 
 
 Found = tuple[Shard, dict[str, dict[str, Sums]]]

@@ -18,9 +18,6 @@ top token is the model's own, ``overlap`` the share of the model's top k that is
 probability of the top token; ``cross_entropy`` (nats) and ``accuracy`` are about the next token of the text.
 """
 
-NEXT = ("cross_entropy", "accuracy")
-"""Measures that need a next token: of models that only look back, and not at the end of a window."""
-
 RANKS = 20
 """Bins of ranks: bin i has the ranks from 2**i to 2**(i + 1) - 1, the last one all that are larger."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from logitlab.errors import InputError
-from logitlab.files import write_atomically
 from logitlab.sweeps.report import ALL, Measure, SweepReport
 from logitlab.views import colour
-from logitlab.views.figure import LINES, METADATA, SETTINGS, STYLES
+from logitlab.views.figure import LINES, STYLES, write_figure
 from logitlab.views.tokens import site_names, visible
 
 if TYPE_CHECKING:
@@ -50,19 +48,7 @@ def curves(report: SweepReport, path: str | Path, *, measures: Sequence[str] | N
     Raises:
         InputError: another ending than .png, .svg or .pdf, no Matplotlib, or the file cannot be written.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
-    if ending not in METADATA:
-        raise InputError(f"cannot write a figure to {path}: its name must end in .png, .svg or .pdf")
-    drawn = figure(report, measures=measures)
-    import matplotlib as mpl
-
-    def write(temporary: Path) -> None:
-        with mpl.rc_context(rc=SETTINGS), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            drawn.savefig(temporary, format=ending[1:], dpi=200, metadata=METADATA[ending])
-
-    return write_atomically(path, write)
+    return write_figure(path, lambda: figure(report, measures=measures))
 
 
 def figure(report: SweepReport, *, measures: Sequence[str] | None = None) -> Figure:

@@ -6,6 +6,7 @@ A prompt whose picture was read is drawn by `logitlab.views.overlay` instead.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # No date and a fixed salt: the same Reading gives the same file.
-METADATA: dict[str, dict[str, Any]] = {
+_METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None},
     ".pdf": {"CreationDate": None},
 }
-SETTINGS: dict[Any, Any] = {"svg.hashsalt": "logitlab", "svg.fonttype": "none", "pdf.fonttype": 42}
+_SETTINGS: dict[Any, Any] = {"svg.hashsalt": "logitlab", "svg.fonttype": "none", "pdf.fonttype": 42}
 # Fonts for scripts that Matplotlib's own font lacks; those that are installed are used.
 _SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei", "Noto Emoji", "Noto Sans")
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
@@ -51,18 +52,27 @@ def save_figure(reading: Reading, path: str | Path, *, prompt: int = 0) -> Path:
         InputError: another ending, no such prompt, Matplotlib is not installed, or the file cannot
             be written.
     """
+    return write_figure(path, lambda: figure(reading, prompt=prompt))
+
+
+def write_figure(path: str | Path, draw: Callable[[], Figure]) -> Path:
+    """Write what ``draw`` draws; the same figure gives the same bytes.
+
+    Raises:
+        InputError: the name ends otherwise than in .png, .svg or .pdf, or the file cannot be written.
+    """
     path = Path(path)
     ending = path.suffix.lower()
-    if ending not in METADATA:
+    if ending not in _METADATA:
         raise InputError(f"cannot write a figure to {path}: its name must end in .png, .svg or .pdf")
-    drawn = figure(reading, prompt=prompt)
+    drawn = draw()
     import matplotlib as mpl
 
     def write(temporary: Path) -> None:
-        with mpl.rc_context(rc=SETTINGS), warnings.catch_warnings():
+        with mpl.rc_context(rc=_SETTINGS), warnings.catch_warnings():
             # A character that no installed font has is drawn as a box.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            drawn.savefig(temporary, format=ending[1:], dpi=200, metadata=METADATA[ending])
+            drawn.savefig(temporary, format=ending[1:], dpi=200, metadata=_METADATA[ending])
 
     return write_atomically(path, write)
 
