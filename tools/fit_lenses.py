@@ -24,7 +24,7 @@ from logitlab.views.curves import curves
 DOCS = Path(__file__).parents[1] / "docs"
 KINDS = ("bias", "diagonal", "low-rank", "affine")
 RECIPE = Recipe(steps=200, windows_per_step=4, length=256, share=0.25, validation_windows=8, validate_every=40)
-PROMPTS, PROMPT_LENGTH = 8, 64
+PROMPTS, PROMPT_LENGTH = 24, 64
 HELD_OUT = 20_000
 """Tokens of the comparison."""
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from logitlab.logits import Head, LogitSource
+from logitlab.logits.compiled import library
 from logitlab.logits.divergence import divergence
+from logitlab.logits.native import NativeRows
+from logitlab.logits.rows import HeadRows
 
 CASES = {
     "plain": {},
@@ -80,3 +83,67 @@ def test_tokens_that_are_ruled_out_have_no_part() -> None:
         torch.testing.assert_close(found.kl, kl.nan_to_num(0.0), atol=1e-5, rtol=1e-6)
         if bool(torch.isfinite(gradient).all()):
             torch.testing.assert_close(found.gradient, gradient.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_rounded_products_are_near(backend: str) -> None:
+    head = head_of("all" if backend == "tiled" else "scale")
+    generator = torch.Generator().manual_seed(8)
+    x, final = torch.randn(3, 37, 19, generator=generator), torch.randn(37, 19, generator=generator)
+    found = divergence(x, final, head, backend, narrow=True)
+    kl, gradient = by_autograd(x, final, head)
+    assert float((found.kl - kl).abs().max()) < 0.05
+    assert float((found.gradient - gradient).norm() / gradient.norm()) < 0.02
+    itself = divergence(final.unsqueeze(0), final, head, backend, narrow=True)
+    assert float(itself.gradient.abs().max()) < 1e-5  # both sides are rounded alike
+
+
+def by_hand(x: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    z = head.logits(x.double(), dtype=torch.float64)
+    return z.softmax(-1) @ head.weight.double(), z.logsumexp(-1)
+
+
+def kinds() -> list[type[HeadRows]]:
+    return [HeadRows, NativeRows] if library() is not None else [HeadRows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "width", "rows"), [(301, 19, 37), (1, 1, 1), (2500, 33, 70), (170, 64, 2100)])
+def test_the_expected_row(size: int, width: int, rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(9)
+    head = Head(torch.randn(size, width, generator=generator).to(dtype), scale=0.7)
+    x = torch.randn(rows, width, generator=generator)
+    mean, lse = by_hand(x, head)
+    for kind in kinds():
+        found, normal = kind(x, head).expected()
+        torch.testing.assert_close(found.double(), mean, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(normal, lse, atol=1e-5, rtol=1e-6)
+        rough, near = kind(x, head).expected(narrow=True)
+        assert float((rough - mean).norm() / mean.norm()) < 0.01
+        assert float((near - lse).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_logits_that_grow_from_tile_to_tile(narrow: bool) -> None:
+    """Each tile's largest exceeds all before it by more than float32 can hold the exponential of."""
+    weight = torch.arange(0.0, 6000.0, dtype=torch.float32).div(10).floor().unsqueeze(1)  # exact in bfloat16 below 256
+    head = Head(weight.clamp_max(255.0))
+    x = torch.tensor([[1.0], [-1.0], [4.0], [0.0]])
+    mean, lse = by_hand(x, head)
+    for kind in kinds():
+        found, normal = kind(x, head).expected(narrow)
+        torch.testing.assert_close(found.double(), mean, atol=1e-4, rtol=1e-4 if not narrow else 5e-3)
+        torch.testing.assert_close(normal, lse, atol=1e-4, rtol=1e-6)
+
+
+def test_a_row_without_a_distribution_is_seen() -> None:
+    head = head_of("plain")
+    x = torch.zeros(3, 19)
+    x[1, 0] = torch.nan
+    for kind in kinds():
+        for narrow in (False, True):
+            mean, lse = kind(x, head).expected(narrow)
+            assert torch.isnan(lse).tolist() == [False, True, False]
+            assert torch.isnan(mean).any(1).tolist() == [False, True, False]
+    found = divergence(x.unsqueeze(0), x, head)
+    assert torch.isnan(found.kl[0]).tolist() == [False, True, False]

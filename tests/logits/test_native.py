@@ -232,6 +232,18 @@ def test_shorter_vectors(other_build: int) -> None:
     assert_same(*both("native", x, half, targets=torch.tensor([7]), reference=x[2]))
 
 
+def test_the_expected_row_with_shorter_vectors(other_build: int) -> None:
+    generator = torch.Generator().manual_seed(11)
+    for width, dtype in ((2 * other_build + 3, torch.float32), (1, torch.float16), (40, torch.bfloat16)):
+        head = Head(torch.randn(311, width, generator=generator).to(dtype))
+        rows = native.NativeRows(torch.randn(41, width, generator=generator), head)
+        z = head.logits(rows.x.double(), dtype=torch.float64)
+        for narrow in (False, True):  # there are no bfloat16 products here, so they are not used
+            mean, lse = rows.expected(narrow)
+            torch.testing.assert_close(mean.double(), z.softmax(-1) @ head.weight.double(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(lse, z.logsumexp(-1), atol=1e-5, rtol=1e-6)
+
+
 def test_half_precision_with_shorter_vectors(other_build: int) -> None:
     """Every number there is, as rows of 2 whole vectors and a rest."""
     bits = torch.arange(65_536, dtype=torch.int32).to(torch.int16).view(torch.float16)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 
 from logitlab.corpora import Corpus, corpus, windows
 from logitlab.errors import InputError, ModelError
@@ -61,6 +62,8 @@ class Recipe:
         validate_every: steps between two looks at the validation windows.
         validation_windows: windows that are set aside for stopping, before those that are fitted on.
         patience: looks without an improvement at any site after which fitting stops.
+        products: ``bfloat16`` rounds what is multiplied with the head for the gradient, where the machine is quicker at
+            that; sums, maps and the optimiser are float32, and so is all that is validated. ``float32`` does not.
         seed: of the order of windows and the choice of positions.
     """
 
@@ -77,6 +80,7 @@ class Recipe:
     validate_every: int = 25
     validation_windows: int = 8
     patience: int = 4
+    products: str = "bfloat16"
     seed: int = 0
 
     def check(self) -> None:
@@ -95,6 +99,8 @@ class Recipe:
             raise InputError(f"decay is {self.decay} and clip {self.clip}; neither may be negative, nor clip 0")
         if self.optimiser not in ("adam", "sgd"):
             raise InputError(f"there is no optimiser {self.optimiser!r}; there are adam and sgd")
+        if self.products not in ("bfloat16", "float32"):
+            raise InputError(f"products is {self.products!r}; it is bfloat16 or float32")
 
 
 @dataclass(frozen=True)
@@ -358,15 +364,14 @@ class _Fit:
     def _optimiser(self) -> torch.optim.Optimizer:
         r, parameters = self.recipe, list(self.lens.maps.parameters())
         if r.optimiser == "sgd":
-            return torch.optim.SGD(parameters, r.rate, momentum=0.9, nesterov=True, weight_decay=r.decay)
-        return torch.optim.AdamW(parameters, r.rate, weight_decay=r.decay)
+            return torch.optim.SGD(parameters, r.rate, momentum=0.9, nesterov=True, weight_decay=r.decay, fused=True)
+        return torch.optim.AdamW(parameters, r.rate, weight_decay=r.decay, fused=True)
 
     def advance(self, state: _State) -> float:
         """One step; returns the mean of the sites' KL, in nats."""
         r = self.recipe
         for group in state.optimiser.param_groups:
             group["lr"] = r.rate * (1 - state.step / r.steps)
-        state.optimiser.zero_grad(set_to_none=True)
         kl = self._backward(state.step)
         if not bool(torch.isfinite(kl).all()):
             site = self.sites[int((~torch.isfinite(kl)).nonzero()[0])]
@@ -386,11 +391,11 @@ class _Fit:
         if self.recipe.clip is None:
             return
         gradients = [p.grad for p in self.lens.maps.parameters() if p.grad is not None]
-        size = sum(g.flatten(1).double().square().sum(1) for g in gradients)
-        assert isinstance(size, torch.Tensor)
+        sizes = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        size = sizes.norm(dim=0)  # norms of norms: no copy of a gradient is made
         if self.recipe.clip_together:
-            size = size.sum().expand_as(size)
-        factor = (self.recipe.clip / (size.sqrt() + 1e-12)).clamp_max(1.0).float()
+            size = size.norm().expand_as(size)
+        factor = (self.recipe.clip / (size + 1e-12)).clamp_max(1.0)
         for g in gradients:
             g.mul_(factor.reshape(-1, *[1] * (g.ndim - 1)))
 
@@ -432,23 +437,49 @@ class _Fit:
         """Add the gradients of the mean KL of a step; returns it for each site, [sites] float64."""
         chosen = self._chosen(step)
         positions = [self._positions(w, step, n) for n, w in enumerate(chosen)]
-        parameters = list(self.lens.maps.parameters())
         total = sum(map(len, positions))
         kl = torch.zeros(len(self.sites), dtype=torch.float64)
+        for p in self.lens.maps.parameters():
+            p.grad = torch.zeros_like(p)
         for hidden, final in self._rows(chosen, positions):
-            with self.model.exclusive():
-                reference = self.model.tail.prepare(final)
-                with torch.enable_grad():
-                    moved = self.lens.maps(_wide(hidden)).to(hidden.dtype)
-                    x = self.model.tail.prepare(moved.flatten(0, 1))
-                found = divergence(x.reshape(*moved.shape[:2], -1), reference, self.model.tail.source)
-                # The mean is taken of the maps' gradients, in float32: divided before, float16 would lose them.
-                torch.autograd.backward(x, found.gradient.reshape(x.shape).to(x.dtype), inputs=parameters)
+            with self.model.exclusive(), torch.no_grad():
+                x, reference = self._moved(hidden), self.model.tail.prepare(final)
+                narrow = self.recipe.products == "bfloat16"
+                found = divergence(x, reference, self.model.tail.source, narrow=narrow)
+                del x
+                for i, slope in enumerate(found.gradient):
+                    self._add(i, hidden[i : i + 1], slope)
             kl += found.kl.sum(1).cpu()
-        for p in parameters:
-            if p.grad is not None:
-                p.grad /= total
+        # The mean is taken of the maps' gradients, in float32: divided before, float16 would lose them.
+        for p in self.lens.maps.parameters():
+            assert p.grad is not None
+            p.grad /= total
         return kl / total
+
+    def _moved(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows to decode [sites, n, d], of hidden states [sites, n, width]."""
+        return torch.stack(
+            [
+                self.model.tail.prepare(self.lens.maps(_wide(hidden[i : i + 1]), slice(i, i + 1))[0].to(hidden.dtype))
+                for i in range(len(hidden))
+            ]
+        )
+
+    def _add(self, site: int, hidden: torch.Tensor, slope: torch.Tensor) -> None:
+        """Add to the gradients of one site's map, from that of its rows [n, d]; states are [1, n, width].
+
+        The map is applied once more for this: that costs little beside the head, and keeping it for all sites would
+        cost several times their hidden states, and the gradients of all sites at once another copy of all maps.
+        """
+        maps = self.lens.maps
+        own = {name: p.detach()[site : site + 1].requires_grad_(True) for name, p in maps.named_parameters()}
+        with torch.enable_grad():
+            moved = functional_call(maps, own, (_wide(hidden),)).to(hidden.dtype)
+            x = self.model.tail.prepare(moved[0])
+        found = torch.autograd.grad(x, list(own.values()), slope.to(x.dtype))
+        for p, gradient in zip(maps.parameters(), found, strict=True):
+            assert p.grad is not None
+            p.grad[site] += gradient[0]
 
     def kl(self, chosen: Sequence[int]) -> torch.Tensor:
         """KL of every site at every position of some windows, [sites, n] float64."""
@@ -456,9 +487,7 @@ class _Fit:
         found: list[torch.Tensor] = []
         for hidden, final in self._rows(chosen, [own] * len(chosen)):
             with self.model.exclusive(), torch.no_grad():
-                moved = self.lens.maps(_wide(hidden)).to(hidden.dtype)
-                x = self.model.tail.prepare(moved.flatten(0, 1)).reshape(*moved.shape[:2], -1)
-                reference = self.model.tail.prepare(final)
+                x, reference = self._moved(hidden), self.model.tail.prepare(final)
                 got = statistics(x, self.model.tail.source, top_k=1, reference=reference, entropy=False)
             assert got.kl is not None
             found.append(got.kl.cpu())

@@ -34,6 +34,7 @@ from logitlab.models.handle import Model
 from logitlab.models.hooks import StopForward, Taps
 from logitlab.models.inputs import Encoded, whole_number
 from logitlab.models.passes import Cache, arguments_of, cache_of, continues, stopped
+from logitlab.models.products import QuickGradients
 from logitlab.models.sites import Site
 from logitlab.models.watch import Key, watch
 
@@ -252,7 +253,7 @@ def _graph(
         watch(model, list(dict.fromkeys([first, *keys])), keep, taps)
         if model.tail.head_module is not None:
             taps.replace(model.tail.head_module, stop)  # logits are not needed
-        with torch.enable_grad(), suppress(StopForward):
+        with torch.enable_grad(), QuickGradients(), suppress(StopForward):
             try:
                 model.module(**inputs)
             except Exception as error:  # a model's own code can raise anything

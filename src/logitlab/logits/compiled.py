@@ -43,7 +43,7 @@ FLAGS = (
     "-shared",
     "-pthread",
 )
-ABI = 2
+ABI = 3
 SECONDS = 120
 """Time that the compiler gets."""
 
@@ -86,6 +86,7 @@ class Library:
         logits_at: ``int (struct job *, ids, per_row, out)``.
         sizes: ``int (struct job *, size, lost)``.
         means: ``int (struct job *, mean, mass)``.
+        expect: ``int (struct job *, mean, lse)``.
         rounding: ``double (d, whether in bfloat16)``, by how much a logit is off at most, by |scale| |x| |w|.
         panel: rows that are worked on together.
         columns: columns that a product takes at once.
@@ -97,6 +98,7 @@ class Library:
     logits_at: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     sizes: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     means: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    expect: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     rounding: ctypes._NamedFuncPointer  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
     panel: int
     columns: int
@@ -226,7 +228,14 @@ def _load(path: Path) -> Library:
     loaded.logitlab_logits_at.argtypes = [ctypes.POINTER(Job), _POINTER, _INT, _POINTER]
     loaded.logitlab_sizes.argtypes = [ctypes.POINTER(Job), _POINTER, _POINTER]
     loaded.logitlab_means.argtypes = [ctypes.POINTER(Job), _POINTER, _POINTER]
+    loaded.logitlab_expect.argtypes = [ctypes.POINTER(Job), _POINTER, _POINTER]
     loaded.logitlab_rounding.argtypes = [_INT, _INT]
     loaded.logitlab_rounding.restype = ctypes.c_double
-    calls = loaded.logitlab_scan, loaded.logitlab_logits_at, loaded.logitlab_sizes, loaded.logitlab_means
+    calls = (
+        loaded.logitlab_scan,
+        loaded.logitlab_logits_at,
+        loaded.logitlab_sizes,
+        loaded.logitlab_means,
+        loaded.logitlab_expect,
+    )
     return Library(*calls, loaded.logitlab_rounding, facts[2], facts[3], bool(facts[4]), path)

@@ -1,8 +1,8 @@
 """KL divergence from a reference distribution, and its gradient, without logits in memory.
 
 For logits ``z = x W^T`` of a linear head the gradient of KL(r || p) by the row is the difference of two means of
-the head's rows, under p and under r: what a scan with weights ``p`` leaves. So fitting through a vocabulary takes two
-products of its size, one that gives ``p`` and one that takes the mean, and no more memory than reading does.
+the head's rows, under p and under r. So fitting through a vocabulary takes two products of its size, one that gives
+``p`` and one that takes the mean, both in the same pass, and no more memory than reading does.
 Behind a soft-cap, or where a model itself decodes, it is summed tile by tile, or row by row.
 """
 
@@ -17,7 +17,7 @@ from logitlab.logits.choose import choose
 from logitlab.logits.head import Head, LogitSource
 from logitlab.logits.native import NativeRows
 from logitlab.logits.rows import HeadRows
-from logitlab.logits.statistics import Statistics, statistics
+from logitlab.logits.statistics import statistics
 
 TILE = 2048
 """Columns that are worked on together."""
@@ -39,7 +39,9 @@ class Divergence:
     gradient: torch.Tensor
 
 
-def divergence(x: torch.Tensor, final: torch.Tensor, source: Head | LogitSource, backend: str = "auto") -> Divergence:
+def divergence(
+    x: torch.Tensor, final: torch.Tensor, source: Head | LogitSource, backend: str = "auto", *, narrow: bool = False
+) -> Divergence:
     """KL divergence from the distributions of ``final`` to those of ``x``, with the gradient by ``x``.
 
     Args:
@@ -47,6 +49,8 @@ def divergence(x: torch.Tensor, final: torch.Tensor, source: Head | LogitSource,
         final: rows [positions, d] of the reference.
         source: what decodes both.
         backend: as in `logitlab.logits.statistics`.
+        narrow: whether products with a linear head may be of numbers rounded to bfloat16, where that is quicker, summed
+            in float32. Both means are then of the same rounded head, so that the gradient still is zero where p is r.
 
     Example:
         >>> found = divergence(torch.zeros(1, 1, 2), torch.tensor([[1.0, 0.0]]), Head(torch.eye(2)))
@@ -57,24 +61,17 @@ def divergence(x: torch.Tensor, final: torch.Tensor, source: Head | LogitSource,
     if not isinstance(source, Head):
         return _by_logits(x, final, source)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        own = statistics(final.unsqueeze(0), source, top_k=1, entropy=False, backend=backend)
-        found = statistics(x, source, top_k=1, entropy=False, backend=backend)
         if source.softcap is not None:
+            own = statistics(final.unsqueeze(0), source, top_k=1, entropy=False, backend=backend)
+            found = statistics(x, source, top_k=1, entropy=False, backend=backend)
             return _by_tiles(x, final, source, found.logsumexp, own.logsumexp[0])
-        native = choose(backend, source) == "native"
-        theirs = _mean(final, source, own, native)
-        mean = _mean(x.reshape(-1, x.shape[-1]), source, found, native).reshape(x.shape)
-        gradient = (mean - theirs) * source.scale
-        gap = ((final.double() - x.double()) * theirs).sum(-1) * source.scale
-        return Divergence((gap + found.logsumexp - own.logsumexp).clamp_min(0.0), gradient.float())
-
-
-def _mean(x: torch.Tensor, head: Head, found: Statistics, native: bool) -> torch.Tensor:
-    """Mean row [n, d] float64 of the head under the distribution of each row."""
-    rows = NativeRows(x, head) if native else HeadRows(x, head)
-    lse = found.logsumexp.reshape(-1).to(rows.x.device)
-    mean, mass = rows.mean_row(lse, torch.empty(len(lse), 0, dtype=torch.long, device=rows.x.device))
-    return (mean / mass.unsqueeze(1)).to(x.device)
+        kind = NativeRows if choose(backend, source) == "native" else HeadRows
+        theirs, normal = (v.to(x.device) for v in kind(final, source).expected(narrow))
+        mean, lse = (v.to(x.device) for v in kind(x.reshape(-1, x.shape[-1]), source).expected(narrow))
+        wide = final.double()  # group by group, so that little is held in float64
+        gap = torch.stack([((wide - rows.double()) * theirs).sum(-1) for rows in x])
+        kl = gap * source.scale + lse.reshape(x.shape[:2]) - normal
+        return Divergence(kl.clamp_min(0.0), mean.reshape(x.shape).sub_(theirs).mul_(source.scale))
 
 
 def _by_tiles(

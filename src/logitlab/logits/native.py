@@ -22,7 +22,7 @@ from logitlab.errors import OutOfMemoryError
 from logitlab.logits.compiled import Job, Library, library, reason
 from logitlab.logits.head import Head, LogitSource, largest_finite
 from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, Rough, conclude, ruled_out_before
-from logitlab.logits.rows import HeadRows
+from logitlab.logits.rows import HeadRows, together
 from logitlab.logits.statistics import TIE, Request, Statistics
 
 ROWS = 8192
@@ -41,6 +41,9 @@ columns by their log-probability too; columns that the reference finds less like
 
 PATIENCE = 1 / 12
 """Part of the columns from which on computing them again one by one takes longer than doing the row in full."""
+
+EXPECT_TILES = 6
+"""Products, twice as wide as usual, of a tile whose rows are multiplied a second time."""
 
 NO_MEMORY = "there is not enough memory to decode: free some, or read fewer positions at once"
 
@@ -258,6 +261,23 @@ class NativeRows(HeadRows):
         if self.lib.means(ctypes.byref(job), mean.data_ptr(), mass.data_ptr()) != 0:
             raise OutOfMemoryError(NO_MEMORY)
         return mean.sum(0), mass.sum(0)
+
+    def expected(self, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `HeadRows.expected`."""
+        (n, d), threads = self.x.shape, torch.get_num_threads()
+        blocks = _runs(np.arange(n), min(BLOCK_ROWS, max(self.lib.panel, math.ceil(n / threads))), self.lib.panel)
+        tiles = math.ceil(self.head.vocab_size / (tile := EXPECT_TILES * 2 * self.lib.columns))
+        slices = slices_of(len(blocks), threads, max(1, tiles // 8))
+        mean = torch.empty(slices, n, d)
+        lse = torch.empty(slices, n, dtype=torch.float64)
+        memory = _Memory(self.lib, self.head, self.x)
+        job = memory.job
+        job.blocks = memory.array(np.cumsum([0, *map(len, blocks)]).astype(np.int64))
+        job.n_blocks, job.slices, job.tile = len(blocks), slices, tile
+        job.mode = _BFLOAT16 if narrow and self.lib.bfloat16 else _EXACT
+        if self.lib.expect(ctypes.byref(job), mean.data_ptr(), lse.data_ptr()) != 0:
+            raise OutOfMemoryError(NO_MEMORY)
+        return together(mean, lse)
 
     def some(self, rows: torch.Tensor) -> NativeRows:
         """A few of the rows."""

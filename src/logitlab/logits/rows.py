@@ -92,6 +92,31 @@ class HeadRows:
             mass += weights.sum(dim=1, dtype=torch.float64)
         return total, mass
 
+    def expected(self, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's row in the mean that each row's own distribution takes of them, in one pass over the head.
+
+        Args:
+            narrow: whether products may be of numbers rounded to bfloat16, where that is quicker.
+
+        Returns:
+            The means [n, d] float32, and log-sum-exp [n] float64. Good for a gradient: neither is settled in float64.
+        """
+        n, d = self.x.shape
+        device, size = self.x.device, self.head.vocab_size
+        x = self.x.bfloat16() if narrow and device.type != "cpu" else self.x
+        mean = torch.zeros(n, d, device=device)
+        total = torch.zeros(n, dtype=torch.float64, device=device)
+        top = torch.full((n, 1), -1e30, device=device)
+        for start in range(0, size, MEAN_TILE):
+            columns = slice(start, min(start + MEAN_TILE, size))
+            z = self.head.logits(x, columns, x.dtype).float()
+            higher = torch.maximum(top, z.amax(1, keepdim=True))
+            shrunk, top = (top - higher).exp(), higher
+            weights = (z - top).exp()
+            total = total * shrunk.squeeze(1) + weights.sum(1, dtype=torch.float64)
+            mean = mean * shrunk + (weights.to(x.dtype) @ self.head.weight[columns].to(x.dtype)).float()
+        return mean / total.float().unsqueeze(1), top.squeeze(1) + total.log()
+
     def weigh(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Sums [n, d] of rows ``ids`` [n, c] of the head times weights [n, c], float64."""
         size = max(1, PAIR_VALUES // (ids.shape[1] * self.x.shape[1]))
@@ -153,6 +178,14 @@ Rows = HeadRows | SourceRows
 def rows_of(x: torch.Tensor, source: Head | LogitSource) -> Rows:
     """Rows ``x`` [n, d] with the way in which ``source`` decodes them."""
     return HeadRows(x, source) if isinstance(source, Head) else SourceRows(source.compute(x))
+
+
+def together(mean: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`HeadRows.expected` over all columns from what it is over parts of them, [parts, n, d] and [parts, n]."""
+    if len(lse) == 1:
+        return mean[0], lse[0]
+    whole = lse.logsumexp(0)
+    return torch.einsum("sn,snd->nd", (lse - whole).exp().float(), mean), whole
 
 
 def _pairs(rows: HeadRows, ids: torch.Tensor) -> torch.Tensor:

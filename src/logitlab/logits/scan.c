@@ -39,7 +39,7 @@
 #include <arm_neon.h>
 #endif
 
-#define ABI 2 /* changes with `struct job`; checked by compiled.py */
+#define ABI 3 /* changes with `struct job`; checked by compiled.py */
 
 /* Registers: MV x NV accumulators, NV vectors of rows and one broadcast column. */
 #if defined(LOGITLAB_LANES) /* for tests of the plain path */
@@ -1183,6 +1183,229 @@ int logitlab_means(const struct job *j, double *mean, double *mass) {
   struct means a = {.crew = {.job = j}, .mean = mean, .mass = mass};
   int64_t pieces = (j->n + PANEL - 1) / PANEL * j->slices;
   return together(&a.crew, mean_work, j->threads < pieces ? j->threads : pieces);
+}
+
+/* -- the head's rows in expectation ------------------------------------------------------------------------------- */
+
+/*
+ * The mean that the softmax of each row takes of the head's rows, and its log-sum-exp, in one pass: each tile's logits
+ * are turned into weights and multiplied with the tile again, and what was summed before is scaled down where a logit
+ * exceeds what weights are relative to by more than GROWTH. Weights are relative to the largest logit of the first
+ * tile, not to the largest of all so far: scaling is then seldom needed, and float32 and bfloat16 reach far enough.
+ */
+#define GROWTH 60.0f
+
+struct expectation {
+  struct crew crew;
+  float *mean; /* [slices, n, d] */
+  double *lse; /* [slices, n] */
+};
+
+struct expecting {
+  float *x;              /* EXACT: packed rows [panels, d, PANEL] */
+  uint32_t *xb;          /* BFLOAT16: the same as pairs [panels, d2, PANEL] */
+  uint16_t *spare;       /* [PANEL, 2 d2] */
+  float *w;              /* widened columns of a tile [tile, d]; in BFLOAT16 one of them */
+  uint32_t *wb;          /* BFLOAT16: columns of a tile as pairs of coordinates [tile, d2] */
+  uint32_t *wt;          /* BFLOAT16: coordinates as pairs of columns [d, tile / 2] */
+  float *z;              /* [tile, PANEL] logits, then weights */
+  uint32_t *pairs;       /* BFLOAT16: weights as pairs of columns [tile / 2, PANEL] */
+  float *part;           /* [MV, PANEL] */
+  float *mean;           /* [panels, d, PANEL] */
+  float *pivot;          /* [panels, PANEL] */
+  double *sum;           /* [panels, PANEL] */
+};
+
+/* Whole groups of MV, which products take, and whole pairs. */
+INLINE int64_t whole(int64_t count) { return (count + 2 * MV - 1) / (2 * MV) * (2 * MV); }
+
+/* Columns of a tile; those beyond the last are zero. */
+static struct tile expect_tile(const struct job *j, struct expecting *e, int64_t start, int64_t count) {
+  struct tile t = {start, count, e->w, j->d};
+  int64_t full = whole(count), d2 = (j->d + 1) / 2;
+  if (j->mode == EXACT) {
+    if (j->w_type == W_FLOAT32 && start + full <= j->columns) {
+      t.w = (const float *)j->w + start * j->ldw;
+      t.ldw = j->ldw;
+      return t;
+    }
+    for (int64_t v = 0; v < count; v++) widen(j, start + v, e->w + v * j->d);
+    memset(e->w + count * j->d, 0, (size_t)((full - count) * j->d) * 4);
+    return t;
+  }
+  for (int64_t v = 0; v < full; v++) {
+    uint16_t *out = (uint16_t *)(e->wb + v * d2);
+    out[2 * d2 - 1] = 0;
+    if (v >= count) {
+      memset(out, 0, (size_t)d2 * 4);
+    } else if (j->w_type == W_BFLOAT16) {
+      memcpy(out, head_row(j, start + v), (size_t)j->d * 2);
+    } else if (j->w_type == W_FLOAT32) {
+      narrow(head_row(j, start + v), j->d, out);
+    } else {
+      widen(j, start + v, e->w);
+      narrow(e->w, j->d, out);
+    }
+  }
+  enum { SIDE = 16 };
+  int64_t half = full / 2;
+  for (int64_t k = 0; k < j->d; k += SIDE)
+    for (int64_t v = 0; v < half; v += SIDE)
+      for (int64_t a = k; a < k + SIDE && a < j->d; a++)
+        for (int64_t b = v; b < v + SIDE && b < half; b++) {
+          const uint16_t *low = (const uint16_t *)(e->wb + 2 * b * d2), *high = (const uint16_t *)(e->wb + (2 * b + 1) * d2);
+          e->wt[a * half + b] = low[a] | (uint32_t)high[a] << 16;
+        }
+  return t;
+}
+
+/* Weights of a panel in place of its logits, and their sum; those of columns that are not there are zero. */
+static void weigh(const struct job *j, struct expecting *e, int64_t q, const struct tile *t, int first) {
+  int64_t full = whole(t->count);
+  for (int i = 0; i < NV; i++) {
+    float *z = e->z + i * LANES, *pivot = e->pivot + q * PANEL + i * LANES;
+    double *sum = e->sum + q * PANEL + i * LANES;
+    vf top = load(z);
+    for (int64_t v = 1; v < t->count; v++) top = vmax(load(z + v * PANEL), top);
+    top = vmax(top, splat(-1e30f)); /* of a tile that is ruled out as a whole */
+    if (first) store(pivot, top);
+    vf from = load(pivot);
+    if (above(top, from + GROWTH)) {
+      vf to = choose(top > from + GROWTH, top, from), scale = vexp(from - to);
+      store(pivot, to);
+      for (int l = 0; l < LANES; l++) sum[l] *= (double)scale[l];
+      float *mean = e->mean + q * j->d * PANEL + i * LANES;
+      for (int64_t k = 0; k < j->d; k++) store(mean + k * PANEL, load(mean + k * PANEL) * scale);
+      from = to;
+    }
+    for (int64_t start = 0; start < t->count; start += SEGMENT) {
+      int64_t end = start + SEGMENT < t->count ? start + SEGMENT : t->count;
+      vf part[2] = {{0}};
+      for (int64_t v = start; v < end; v++) {
+        vf y = load(z + v * PANEL), low = vmax(splat(-87.5f), y - from), p = vexp(low);
+        p = choose(low == low, p, low);
+        store(z + v * PANEL, p);
+        part[v & 1] += p;
+      }
+      vd both = widened(part[0] + part[1]);
+      for (int l = 0; l < LANES; l++) sum[l] += both[l];
+    }
+    for (int64_t v = t->count; v < full; v++) store(z + v * PANEL, splat(0));
+    if (j->mode == EXACT) continue;
+    for (int64_t v = 0; v < full; v += 2) {
+      vi low = (vi)load(z + v * PANEL), high = (vi)load(z + (v + 1) * PANEL);
+      low += 0x7fff + ((low >> 16) & 1);
+      high += 0x7fff + ((high >> 16) & 1);
+      *(vi *)(e->pairs + v / 2 * PANEL + i * LANES) = ((low >> 16) & 0xffff) | (high & (int32_t)0xffff0000);
+    }
+  }
+}
+
+/* Add a tile's columns, each times its weight. */
+static void add_weighed(const struct job *j, struct expecting *e, int64_t q, const struct tile *t) {
+  float *mean = e->mean + q * j->d * PANEL;
+  int64_t full = whole(t->count);
+  for (int64_t k = 0; k < j->d; k += MV) {
+    int64_t some = j->d - k < MV ? j->d - k : MV;
+    if (some < MV) { /* the last coordinates, where a whole group of them would reach beyond the row */
+      memset(e->part, 0, MV * PANEL * sizeof *e->part);
+      for (int64_t o = 0; o < some; o++)
+        for (int64_t v = 0; v < t->count; v++) {
+          uint16_t h = j->mode == EXACT ? 0 : ((const uint16_t *)(e->wb + v * ((j->d + 1) / 2)))[k + o];
+          float w = j->mode == EXACT ? t->w[v * t->ldw + k + o] : from_bfloat16(h);
+          for (int lane = 0; lane < PANEL; lane++) e->part[o * PANEL + lane] += w * e->z[v * PANEL + lane];
+        }
+    } else if (j->mode == EXACT) {
+      combine(t->count, e->z, t->w + k, t->ldw, e->part);
+    } else {
+#if HAS_BFLOAT16
+      product_bfloat16(full / 2, e->pairs, e->wt + k * (full / 2), full / 2, mean + k * PANEL, 1);
+#endif
+      continue;
+    }
+    for (int64_t o = 0; o < some * PANEL; o++) mean[k * PANEL + o] += e->part[o];
+  }
+}
+
+static void expect_piece(const struct job *j, struct expectation *a, int64_t b, int64_t slice, struct expecting *e) {
+  int64_t from = j->blocks[b], rows = j->blocks[b + 1] - from, d2 = (j->d + 1) / 2;
+  int64_t panels = (rows + PANEL - 1) / PANEL, tiles = (j->columns + j->tile - 1) / j->tile;
+  for (int64_t q = 0; q < panels; q++) {
+    int32_t own[PANEL];
+    for (int lane = 0; lane < PANEL; lane++) own[lane] = q * PANEL + lane < rows ? (int32_t)(from + q * PANEL + lane) : -1;
+    if (j->mode == EXACT)
+      pack(j->x, j->d, own, e->x + q * j->d * PANEL);
+    else
+      pack_bfloat16(j->x, j->d, own, e->xb + q * d2 * PANEL, e->spare);
+  }
+  memset(e->mean, 0, (size_t)(panels * j->d * PANEL) * sizeof *e->mean);
+  memset(e->sum, 0, (size_t)(panels * PANEL) * sizeof *e->sum);
+  int64_t first = tiles * slice / j->slices;
+  for (int64_t i = first; i < tiles * (slice + 1) / j->slices; i++) {
+    int64_t start = i * j->tile, count = j->columns - start < j->tile ? j->columns - start : j->tile;
+    struct tile t = expect_tile(j, e, start, count);
+    for (int64_t q = 0; q < panels; q++) {
+      if (j->mode == EXACT)
+        multiply(j, e->x + q * j->d * PANEL, &t, e->z);
+      else
+        multiply_bfloat16(j, e->xb + q * d2 * PANEL, &t, e->wb, e->z);
+      postmap(j, e->z, start, count);
+      weigh(j, e, q, &t, i == first);
+      add_weighed(j, e, q, &t);
+    }
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t q = row / PANEL, lane = row % PANEL, to = slice * j->n + from + row;
+    double sum = e->sum[row];
+    a->lse[to] = sum > 0 ? e->pivot[row] + log(sum) : sum == 0 ? -INFINITY : NAN;
+    float part = sum > 0 ? (float)(1 / sum) : sum == 0 ? 0 : NAN;
+    for (int64_t k = 0; k < j->d; k++) a->mean[to * j->d + k] = e->mean[(q * j->d + k) * PANEL + lane] * part;
+  }
+}
+
+static void *expect_work(void *argument) {
+  struct expectation *a = argument;
+  const struct job *j = a->crew.job;
+  int64_t rows = 1, d2 = (j->d + 1) / 2, tile = whole(j->tile), narrowed = j->mode != EXACT;
+  for (int64_t b = 0; b < j->n_blocks; b++)
+    if (j->blocks[b + 1] - j->blocks[b] > rows) rows = j->blocks[b + 1] - j->blocks[b];
+  int64_t panels = (rows + PANEL - 1) / PANEL;
+  struct expecting e = {
+      .x = room(narrowed ? 0 : panels * j->d * PANEL, 4),
+      .xb = room(narrowed ? panels * d2 * PANEL : 0, 4),
+      .spare = room(narrowed ? PANEL * d2 : 0, 4),
+      .w = room((narrowed ? 1 : tile) * j->d, 4),
+      .wb = room(narrowed ? tile * d2 : 0, 4),
+      .wt = room(narrowed ? j->d * tile / 2 : 0, 4),
+      .z = room(tile * PANEL, 4),
+      .pairs = room(narrowed ? tile / 2 * PANEL : 0, 4),
+      .part = room(MV * PANEL, 4),
+      .mean = room(panels * j->d * PANEL, 4),
+      .pivot = room(panels * PANEL, 4),
+      .sum = room(panels * PANEL, 8),
+  };
+  void *all[] = {e.x, e.xb, e.spare, e.w, e.wb, e.wt, e.z, e.pairs, e.part, e.mean, e.pivot, e.sum};
+  int fine = 1;
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) fine = fine && all[i];
+  if (fine)
+    for (int64_t i; (i = atomic_fetch_add(&a->crew.next, 1)) < j->n_blocks * j->slices;)
+      expect_piece(j, a, i % j->n_blocks, i / j->n_blocks, &e);
+  else
+    atomic_store(&a->crew.failed, 1);
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+  return NULL;
+}
+
+/*
+ * The head's rows in the mean that the softmax of each row of x takes of them, and its log-sum-exp; [slices, n, d] and
+ * [slices, n], each over the columns of its slice. The mode is EXACT or BFLOAT16, where rows, head and weights are all
+ * rounded to bfloat16, and summed in float32. 0 when done, 1 when memory ran out, 2 when there is no such mode here.
+ */
+int logitlab_expect(const struct job *j, float *mean, double *lse) {
+  if (j->mode != EXACT && !HAS_BFLOAT16) return 2;
+  struct expectation a = {.crew = {.job = j}, .mean = mean, .lse = lse};
+  int64_t pieces = j->n_blocks * j->slices;
+  return together(&a.crew, expect_work, j->threads < pieces ? j->threads : pieces);
 }
 
 struct sizes {
