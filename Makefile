@@ -54,7 +54,7 @@ docs: $(VENV)/.dev ## build the documentation into site/
 bench: $(VENV)/.dev ## measure speed and memory, beside peers too, and write docs/benchmarks.md (about an hour)
 	$(BIN)/python benchmarks/run.py
 
-lenses: $(VENV)/.dev ## fit every kind of lens on the default model, and write docs/fitted.md (about 90 minutes)
+lenses: $(VENV)/.dev ## fit every kind of lens on the default model, and write docs/fitted.md (about an hour)
 	$(BIN)/python tools/fit_lenses.py
 
 coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has, and write docs/coverage.md

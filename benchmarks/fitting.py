@@ -30,6 +30,7 @@ def ours(ids: Path, steps: int, windows: int, out: Path) -> None:
     import logitlab as ll
     from logitlab.lenses import fit as fitting
     from logitlab.lenses.fitted import identity
+    from logitlab.lenses.material import Windowed
 
     model = ll.load("default", dtype="float32")
     rows = np.load(ids)
@@ -38,7 +39,7 @@ def ours(ids: Path, steps: int, windows: int, out: Path) -> None:
         rate=0.1, decay=1e-3, clip=1.0, clip_together=True, validation_windows=1,
     )  # fmt: skip
     lens = identity(model, "affine")
-    data = fitting._Data(rows, range(rows.shape[1]), {"name": "given"})
+    data = Windowed(rows, range(rows.shape[1]), {"name": "given"})
     run = fitting._Fit(model, lens, recipe, data)
     run.validation, run.training = range(1), range(len(rows))
     run._chosen = lambda step: list(range(step * windows, (step + 1) * windows))  # the same order as the other's

@@ -17,10 +17,15 @@ from typing import Any
 import batching
 import compare
 import decode
+import fitting
+import formats
+import generating
+import jacobian
 import machine
 import memory
 import screening
 import startup
+import sweeping
 import thresholds
 import tiles
 import where_time_goes
@@ -42,6 +47,11 @@ SECTIONS: dict[str, tuple[Callable[[Keep], Any], Callable[[Any], str]]] = {
     "tiles": (lambda _: tiles.measure(), tiles.markdown),
     "startup": (lambda _: startup.measure(5), startup.markdown),
     "batching": (lambda _: batching.measure(), batching.markdown),
+    "fitting": (lambda _: fitting.measure(steps=8, windows=2, length=128, rounds=3), fitting.markdown),
+    "jacobian": (lambda _: jacobian.measure(prompts=2, tokens=48, rounds=3), jacobian.markdown),
+    "formats": (lambda _: formats.measure(), formats.markdown),
+    "sweeping": (lambda _: sweeping.measure(200_000, "::10.resid_post"), sweeping.markdown),
+    "generating": (lambda _: generating.measure(40, 5), generating.markdown),
 }
 
 TEXT = """# Benchmarks
@@ -127,6 +137,37 @@ prompts, from a pass of each prompt's own.
 
 {batching}
 
+## Fitting a tuned lens {{ #fitting }}
+
+Beside tuned-lens' own training loop, with the same model, tokens, steps, optimiser (SGD with Nesterov momentum),
+schedule and clipping. *Memory* is what fitting needs at most beyond the loaded model and the lens. The second table is
+the KL divergence from the model's own distribution, nats, on other text, of every third site: what counts is that the
+last two columns agree. After so few steps neither lens is good; [Fitted lenses](fitted.md) shows what longer fits come
+to.
+
+{fitting}
+
+## Measuring a Jacobian lens
+
+Beside TransformerLens' fit of the same prompts, with 16 coordinates side by side in both.
+
+{jacobian}
+
+## Lenses that others have written
+
+Largest differences, in nats, between what a tool reads with a lens that it has written itself, and what logitlab reads
+with the same file. Log-probabilities and entropies of {formats_tokens} tokens at all sites.
+
+{formats}
+
+## Sweeping a corpus
+
+{sweeping}
+
+## Reading while a model writes
+
+{generating}
+
 ## GPU
 
 {gpu}
@@ -154,7 +195,9 @@ def page(results: dict[str, Any]) -> str:
         f"Machine: {first['machine']}. {first['versions']}. {first['date'].capitalize()}, {first['commit']}. Where a "
         "section was measured otherwise, a line under it says how."
     )
-    return TEXT.format(machine=text, command="`python benchmarks/run.py`", gpu=NO_GPU, **parts)
+    return TEXT.format(
+        machine=text, command="`python benchmarks/run.py`", gpu=NO_GPU, formats_tokens=formats.TOKENS, **parts
+    )
 
 
 def summary(results: dict[str, Any]) -> str | None:

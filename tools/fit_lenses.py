@@ -1,8 +1,8 @@
 """Fit every kind of lens on the default model, compare them on text that none has seen, write docs/fitted.md.
 
 About 205,000 tokens of nine novels, a quarter of the positions of each window; the pieces of the novels that come after
-those are the held-out text. Everything is kept in --work, so a run that was broken off goes on. About an hour and a
-half on two cores. Run: make lenses, or python tools/fit_lenses.py [--work .lenses]
+those are the held-out text. Everything is kept in --work, so a run that was broken off goes on. About an hour on two
+cores. Run: make lenses, or python tools/fit_lenses.py [--work .lenses]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import logitlab as ll
 from logitlab.corpora import corpus, windows
-from logitlab.lenses.fit import Progress, Recipe
+from logitlab.lenses.recipe import Progress, Recipe
 from logitlab.sweeps import SweepReport
 from logitlab.views.curves import curves
 
@@ -25,6 +25,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 KINDS = ("bias", "diagonal", "low-rank", "affine")
 RECIPE = Recipe(steps=200, windows_per_step=4, length=256, share=0.25, validation_windows=8, validate_every=40)
 PROMPTS, PROMPT_LENGTH = 24, 64
+SHOWN = ("logit lens", "tuned lens", "Jacobian lens")
+"""Lenses that are drawn side by side."""
+
 HELD_OUT = 20_000
 """Tokens of the comparison."""
 
@@ -53,6 +56,8 @@ def main() -> None:
         lenses[lens.name] = lens
     report = ll.sweep(model, rows[used:], lens=lenses, max_tokens=HELD_OUT, folder=work / "sweep")
     curves(report, DOCS / "images" / "lenses.png", measures=["kl", "agreement", "cross_entropy"])
+    prompt = "The capital of France is"
+    ll.compare(model, prompt, {n: lenses[n] for n in SHOWN}).figure(DOCS / "images" / "lenses-compared.png")
     (DOCS / "fitted.md").write_text(page(model, report, lenses, times), encoding="utf-8")
 
 
@@ -111,6 +116,10 @@ def page(model: ll.Model, report: SweepReport, lenses: dict[str, Any], times: di
     lines += [
         "",
         "Not below the logit lens: " + (", ".join(worse) if worse else "none, at any layer before the last") + ".",
+        "",
+        "One prompt through three of them (`logitlab compare`):",
+        "",
+        "![Top tokens by layer through three lenses](images/lenses-compared.png)",
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logitlab.comparison import Comparison as Comparison
+    from logitlab.comparison import compare as compare
     from logitlab.errors import InputError as InputError
     from logitlab.errors import LogitlabError as LogitlabError
     from logitlab.errors import ModelError as ModelError
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Activations": "models.capture",
+    "Comparison": "comparison",
     "ConceptLens": "lenses",
     "FittedLens": "lenses",
     "InputError": "errors",
@@ -60,6 +63,7 @@ _HOME = {
     "Verification": "models.verify",
     "VerificationError": "errors",
     "capture": "models.capture",
+    "compare": "comparison",
     "decode": "reader",
     "fit": "lenses.fit",
     "fit_jacobian": "lenses.jacobian",
@@ -73,6 +77,7 @@ _HOME = {
 
 __all__ = [
     "Activations",
+    "Comparison",
     "ConceptLens",
     "FittedLens",
     "InputError",
@@ -91,6 +96,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "capture",
+    "compare",
     "decode",
     "fit",
     "fit_jacobian",

@@ -13,20 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from logitlab.errors import InputError, ModelError, VerificationError
+from logitlab.errors import InputError
 from logitlab.lenses.base import Lens
 from logitlab.logits import Asked, LogitSource, Statistics
 from logitlab.logits.independent import independent
-from logitlab.models.capture import states
+from logitlab.models.capture import checked_states, rows_at
 from logitlab.models.handle import Model
-from logitlab.models.hooks import first_tensor
 from logitlab.models.inputs import Encoded
 from logitlab.models.media import shown
-from logitlab.models.output import Output, output_of
+from logitlab.models.output import Output
 from logitlab.models.patches import NONE, Grid, state_patches, token_patches
 from logitlab.models.sites import Site
+from logitlab.models.tail import shape_of
 from logitlab.models.trace import Run
-from logitlab.models.verify import finite_size, max_difference, tolerance
 from logitlab.reading import Picture
 
 POOLED = "pooled"
@@ -75,12 +74,8 @@ def read_states(
         VerificationError: the last site decoded is not the model's own answer for this input.
         ModelError: a state is not finite, or the model went another way than on its example.
     """
-    run, rows = states(model, prompt, sites)
-    own = output_of(run.output, texts=model.tail.texts, pixels=model.tail.pixels)
-    if own is None:
-        raise ModelError(f"{model.name} returned no logits for this input")
-    shape = _shape(run)
-    _check(model, run, own, rows)
+    run, rows, own = checked_states(model, prompt, sites)
+    shape = shape_of(run.blocks[-1])
     grid = _grid(model, prompt, run, shape)
     count = model.stack.layout.count(shape)
     tokens = _labels(model, prompt, own, count, grid)
@@ -90,7 +85,7 @@ def read_states(
     boxes: list[torch.Tensor] = []
     reference = _reference(model, own, len(tokens))[list(chosen)]
     for site in sites:
-        hidden = lens.transport(_rows(model, rows, site), site)
+        hidden = lens.transport(rows_at(model, rows, site), site)
         z, box = _decoded(model, run, hidden, shape, chosen, count)
         parts.append(_statistics(model, z, reference, asked))
         if box is not None:
@@ -102,30 +97,6 @@ def read_states(
         chosen,
         _pictures(model, prompt, run, grid),
     )
-
-
-def _shape(run: Run) -> torch.Size:
-    state = first_tensor(run.blocks[-1])
-    assert state is not None
-    return state.shape
-
-
-def _check(model: Model, run: Run, own: Output, rows: dict[tuple[int, str], torch.Tensor]) -> None:
-    """The last state decoded must be the model's own answer for this very input."""
-    for (layer, kind), values in rows.items():
-        if not bool(torch.isfinite(values).all()):
-            raise ModelError(
-                f"hidden states are NaN or infinite at site {layer}.{kind}: "
-                "load the model in float32, or look at its weights"
-            )
-    last = first_tensor(run.blocks[-1])
-    assert last is not None
-    gap = max_difference(model.tail.output(last, run).flat, own.flat)
-    if not gap <= tolerance(model.dtype, finite_size(own.flat)):
-        raise VerificationError(
-            f"the last state of {model.stack.name} decoded differs from the model's own answer for this input by "
-            f"{gap:.2g}; this reading would be wrong"
-        )
 
 
 def _grid(model: Model, prompt: Encoded, run: Run, shape: torch.Size) -> list[Grid]:
@@ -158,15 +129,6 @@ def _labels(model: Model, prompt: Encoded, own: Output, count: int, grids: Seque
 def _reference(model: Model, own: Output, count: int) -> torch.Tensor:
     """The model's own answer for every position [positions, V]: a pooled one is the same for all."""
     return own.rows.expand(count, -1) if model.space.per == "input" else own.rows
-
-
-def _rows(model: Model, rows: dict[tuple[int, str], torch.Tensor], site: Site) -> torch.Tensor:
-    values = rows[site.layer, site.kind]
-    if site.index is None:
-        return values
-    part = model.parts[site.layer].heads if site.kind == "head_out" else model.parts[site.layer].neurons
-    assert part is not None
-    return part.expand(values, [site.index])[:, 0]
 
 
 def _decoded(

@@ -12,9 +12,11 @@ import torch
 
 import logitlab as ll
 from logitlab.errors import InputError
-from logitlab.lenses.fit import Progress, Recipe, fit
+from logitlab.lenses.fit import fit
 from logitlab.lenses.fitted import FittedLens
 from logitlab.lenses.maps import FAMILIES
+from logitlab.lenses.material import Windowed, material
+from logitlab.lenses.recipe import Progress, Recipe
 from logitlab.sweeps import sweep
 from tests import zoo
 from tests.words import texts
@@ -22,6 +24,13 @@ from tests.words import texts
 SMALL = Recipe(
     steps=12, windows_per_step=2, length=16, share=0.5, validate_every=4, validation_windows=3, patience=9, rate=3e-3
 )
+
+
+def windowed(model: ll.Model, texts: list[str], recipe: Recipe) -> Windowed:
+    needed = recipe.validation_windows + recipe.steps * recipe.windows_per_step
+    found = material(model, texts, wanted=needed, least=1, length=recipe.length, column="text", decoder_column=None)
+    assert isinstance(found, Windowed)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def test_the_gradient_is_that_of_plain_code(model: ll.Model, optimiser: str) -> 
     lens = fit(model, texts(), recipe=recipe, kind="diagonal", progress=seen.append)
     from logitlab.lenses import fit as module
 
-    data = module._Data.of(model, module.corpus(texts()), recipe)
+    data = windowed(model, texts(), recipe)
     run = module._Fit(model, module.identity(model, "diagonal"), recipe, data)
     delta = torch.zeros(3, model.width, requires_grad=True)
     bias = torch.zeros(3, model.width, requires_grad=True)
@@ -70,8 +79,8 @@ def test_the_gradient_is_that_of_plain_code(model: ll.Model, optimiser: str) -> 
             out = model.module(ids, output_hidden_states=True)
         hidden = torch.stack(out.hidden_states[:-1])
         moved = hidden * (1 + delta[:, None, None]) + bias[:, None, None]
-        log_p = model.module.lm_head(model.module.model.norm(moved))[:, :, data.own].log_softmax(-1)
-        log_r = out.logits[:, data.own].log_softmax(-1)
+        log_p = model.module.lm_head(model.module.model.norm(moved))[:, :, data.used].log_softmax(-1)
+        log_r = out.logits[:, data.used].log_softmax(-1)
         kl = (log_r.exp() * (log_r - log_p)).sum(-1).mean((1, 2))
         descent.zero_grad()
         kl.sum().backward()
@@ -129,7 +138,7 @@ def test_windows_that_are_equal_count_each(model: ll.Model) -> None:
     recipe = Recipe(
         steps=1, windows_per_step=3, length=16, share=1.0, validation_windows=1, clip=None, products="float32"
     )
-    data = module._Data.of(model, module.corpus(texts()), recipe)
+    data = windowed(model, texts(), recipe)
     run = module._Fit(model, module.identity(model, "diagonal"), recipe, data)
     run.lens.maps.requires_grad_(True)
 
@@ -151,7 +160,7 @@ def test_half_precision_keeps_small_gradients() -> None:
     recipe = Recipe(steps=1, windows_per_step=40, length=16, share=1.0, validation_windows=1, clip=None)
     found = []
     for model in (full, half):
-        data = module._Data.of(model, module.corpus(texts(100)), recipe)
+        data = windowed(model, texts(100), recipe)
         run = module._Fit(model, module.identity(model, "bias"), recipe, data)
         run.lens.maps.requires_grad_(True)
         run._backward(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ def fit(
     model: ModelName = "default",
     sites: Sites = None,
     column: Column = "text",
+    decoder_column: Annotated[
+        str | None, typer.Option(help="Encoder-decoder models: which column the decoder has written.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a low-rank lens (32).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps (250).")] = None,
     windows_per_step: Annotated[int | None, typer.Option(min=1, help="Windows of a step (4).")] = None,
@@ -77,6 +81,9 @@ def fit(
     optimiser: Annotated[str | None, typer.Option(help="adam, or sgd with Nesterov momentum (adam).")] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate; it falls linearly to 0 (0.001).")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Looks without any gain after which to stop (4).")] = None,
+    products: Annotated[
+        str | None, typer.Option(help="Products with the head for the gradient: bfloat16 or float32 (bfloat16).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of windows and the choice of positions (0).")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Jacobian lens: windows to measure on (100).")] = None,
     skip_first: Annotated[int | None, typer.Option(min=0, help="Jacobian lens: positions to leave out (16).")] = None,
@@ -92,9 +99,12 @@ def fit(
     """Fit a lens on a corpus. Broken off, the same command goes on where it was.
 
     Example: logitlab fit books --kind diagonal --out diagonal-lens
+
+    On several GPUs or machines: torchrun --nproc-per-node 4 --no-python logitlab fit ... (or accelerate launch).
     """
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     with status("loading the model") as say:
-        placed = Placed(device, device_map, offload_folder, quantize)
+        placed = Placed(device or own_device(), device_map, offload_folder, quantize)
         handle = load(model, dtype, placed, stack, allow_pickle, trust_remote_code, say)
         say("fitting")
     from logitlab.lenses.fit import fit as fit_lens
@@ -108,7 +118,9 @@ def fit(
         "optimiser": optimiser,
         "rate": rate,
         "patience": patience,
+        "products": products,
         "seed": seed,
+        "decoder_column": decoder_column,
         "prompts": prompts,
         "skip_first": skip_first,
     }
@@ -116,13 +128,23 @@ def fit(
     with _going_on(out, "steps") as tell:
 
         def progress(p: Any) -> None:
-            tell(p.step, p.steps, p.left, p.words)
+            if first:
+                tell(p.step, p.steps, p.left, p.words)
 
         lens = fit_lens(
             handle, corpus, kind=kind.value, sites=sites, column=column, folder=out, progress=progress, **options
         )
-    _print_fit(lens)
-    print(f"wrote {out}", file=sys.stderr)
+    if first:
+        _print_fit(lens)
+        print(f"wrote {out}", file=sys.stderr)
+
+
+def own_device() -> str | None:
+    """The GPU of this process, where several have been started together."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{rank}" if rank.isdigit() and torch.cuda.is_available() else None
 
 
 def _print_fit(lens: FittedLens) -> None:

@@ -1,4 +1,4 @@
-"""Commands that read: ``read`` and ``show``."""
+"""Commands that read: ``read``, ``compare`` and ``show``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from logitlab.cli.options import (
     Device,
     DeviceMap,
     Dtype,
+    LensNames,
     ModelName,
     Offload,
     Pickle,
@@ -124,6 +125,58 @@ def read(
     words = handle.space.name == "vocabulary"
     notes = [f"note: {note}" for note in target_notes(handle, reading.targets)] if words else []
     _deliver(reading, notes, html=html, save=save, figure=figure, as_json=as_json, width=width, rows=rows)
+
+
+@app.command()
+def compare(
+    text: Annotated[list[str] | None, typer.Argument(help="One prompt. Without it, standard input is read.")] = None,
+    lens: LensNames = None,
+    model: ModelName = "default",
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a text file.")] = None,
+    sites: Annotated[list[str] | None, typer.Option("--sites", "-s", help="By default those that all have.")] = None,
+    position: Annotated[int, typer.Option("--position", "-p", help="Token of the printed grid; -1 is the last.")] = -1,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write a figure: a panel for each lens (.png, .svg, .pdf).")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    offload_folder: Offload = None,
+    quantize: Quantize = None,
+    stack: StackName = None,
+    any_weights: AnyWeights = False,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Read a prompt through several lenses, side by side: sites by lenses.
+
+    Example: logitlab compare "The capital of France is" --lens logit --lens tuned-lens
+    """
+    check_output(figure)
+    check_figure(figure)
+    prompts = prompts_of(text, file, lines=False)
+    if len(prompts) != 1:
+        raise InputError(f"compare takes one prompt, not {len(prompts)}: put it into quotation marks")
+    names = lens or ["logit"]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise InputError(f"the lens {twice} is given twice")
+    with status("loading the model") as say:
+        placed = Placed(device, device_map, offload_folder, quantize)
+        handle = load(model, dtype, placed, stack, allow_pickle, trust_remote_code, say)
+        from logitlab.comparison import compare as compare_lenses
+
+        lenses = {name: lens_of(name, any_weights, allow_pickle) for name in names}
+        say("reading")
+        found = compare_lenses(handle, prompts[0], lenses, sites=sites)
+        grid = found.grid(position=position)
+        if figure is not None:
+            found.figure(figure)
+    from rich.console import Console
+
+    Console().print(grid)
+    if figure is not None:
+        print(f"wrote {figure}", file=sys.stderr)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,115 +21,21 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.func import functional_call
 
-from logitlab.corpora import Corpus, corpus, windows
+from logitlab.corpora import corpus, windows
 from logitlab.errors import InputError, ModelError
 from logitlab.files import difference, write_atomically, write_text
 from logitlab.lenses.fitted import FittedLens, check_folder, identity, read_record
+from logitlab.lenses.group import Group, joined
 from logitlab.lenses.jacobian import SKIP_FIRST, fit_jacobian
-from logitlab.logits import statistics
-from logitlab.logits.divergence import divergence
-from logitlab.models.capture import by_tokens, capture_encoded
+from logitlab.lenses.loss import Loss, StateLoss, TokenLoss
+from logitlab.lenses.material import Material, material
+from logitlab.lenses.recipe import Progress, Recipe
+from logitlab.models.capture import by_tokens
 from logitlab.models.handle import Model
-from logitlab.models.inputs import Encoded, whole_number
-
-ROWS = 4096
-"""Rows that are differentiated together."""
-
-PASS = 1024
-"""Tokens whose hidden states are held at once."""
+from logitlab.models.inputs import whole_number
 
 STATE = "fit.json"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a lens is fitted.
-
-    Attributes:
-        kind: family of maps.
-        steps: optimiser steps.
-        windows_per_step: windows of one step.
-        length: tokens of a window.
-        share: part of the positions of a window that are used, drawn anew for each step.
-        optimiser: ``adam`` or ``sgd`` (with Nesterov momentum 0.9).
-        rate: learning rate at the start; it falls linearly to zero.
-        decay: weight decay, towards the identity (decoupled from the gradient with ``adam``).
-        clip: largest norm of the gradient of one site's map; None for no limit.
-        clip_together: whether ``clip`` is for the gradient of all maps together, as in tuned-lens; then what becomes
-            of a site depends on the others.
-        validate_every: steps between two looks at the validation windows.
-        validation_windows: windows that are set aside for stopping, before those that are fitted on.
-        patience: looks without an improvement at any site after which fitting stops.
-        products: ``bfloat16`` rounds what is multiplied with the head for the gradient, where the machine is quicker at
-            that; sums, maps and the optimiser are float32, and so is all that is validated. ``float32`` does not.
-        seed: of the order of windows and the choice of positions.
-    """
-
-    kind: str = "affine"
-    steps: int = 250
-    windows_per_step: int = 4
-    length: int = 256
-    share: float = 0.25
-    optimiser: str = "adam"
-    rate: float = 1e-3
-    decay: float = 1e-3
-    clip: float | None = 1.0
-    clip_together: bool = False
-    validate_every: int = 25
-    validation_windows: int = 8
-    patience: int = 4
-    products: str = "bfloat16"
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise `InputError` if a number is out of range."""
-        whole = ("steps", "windows_per_step", "length", "validate_every", "validation_windows", "patience")
-        bad = next((name for name in whole if whole_number(getattr(self, name), name) < 1), None)
-        if bad is not None:
-            raise InputError(f"{bad} is {getattr(self, bad)}; it must be at least 1")
-        if whole_number(self.seed, "seed") < 0:
-            raise InputError(f"seed is {self.seed}; it must be at least 0")
-        if not 0 < self.share <= 1:
-            raise InputError(f"share is {self.share}; it is a part of the positions, above 0 and at most 1")
-        if not self.rate > 0 or not math.isfinite(self.rate):
-            raise InputError(f"rate is {self.rate}; it must be above 0")
-        if not self.decay >= 0 or (self.clip is not None and not self.clip > 0):
-            raise InputError(f"decay is {self.decay} and clip {self.clip}; neither may be negative, nor clip 0")
-        if self.optimiser not in ("adam", "sgd"):
-            raise InputError(f"there is no optimiser {self.optimiser!r}; there are adam and sgd")
-        if self.products not in ("bfloat16", "float32"):
-            raise InputError(f"products is {self.products!r}; it is bfloat16 or float32")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a fit stands.
-
-    Attributes:
-        step: steps done.
-        steps: steps in all.
-        tokens: tokens that went through the model in this run.
-        loss: mean of the sites' KL in the last step, nats.
-        validation: mean of the sites' best KL on the validation windows so far, nats.
-        seconds: how long this run has taken.
-        left: seconds that are left at this rate.
-    """
-
-    step: int
-    steps: int
-    tokens: int
-    loss: float
-    validation: float
-    seconds: float
-    left: float
-
-    @property
-    def words(self) -> str:
-        """Rate and loss in words."""
-        rate = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        return rate if math.isnan(self.loss) else f"{rate}, KL {self.loss:.4f} (validation {self.validation:.4f})"
 
 
 @dataclass
@@ -157,6 +63,8 @@ def fit(
     coordinates: int | None = None,
     recipe: Recipe | None = None,
     column: str = "text",
+    decoder_column: str | None = None,
+    concepts: Sequence[Any] | None = None,
     folder: str | Path | None = None,
     checkpoint_every: int = 25,
     progress: Callable[[Progress], None] | None = None,
@@ -166,7 +74,8 @@ def fit(
 
     Args:
         model: the model; it is not changed.
-        source: the corpus, see `logitlab.corpora.corpus`.
+        source: the corpus, see `logitlab.corpora.corpus`. For a model that reads more than text, or none: a list of
+            inputs, each as `logitlab.read` takes it; with ``decoder`` in a mapping for what a decoder has written.
         kind: family of maps, one of `logitlab.lenses.FAMILIES`; by default the recipe's, which is ``affine``. A
             ``jacobian`` lens is not fitted by descent but measured on the first windows (`fit_jacobian`): of a recipe
             it takes the ``length`` alone, by default 128.
@@ -177,11 +86,17 @@ def fit(
         coordinates: as in `fit_jacobian`.
         recipe: how to fit; by default a `Recipe()`.
         column: which column of a table is the text.
+        decoder_column: which column is what the decoder of an encoder-decoder model has written; both texts are cut to
+            ``length`` tokens.
+        concepts: what pictures are compared with, as in `logitlab.read`.
         folder: where checkpoints are kept while fitting, and the lens is written in the end. If a fit of the same
             recipe, model and corpus was broken off there it goes on, and ends with the same bits.
         checkpoint_every: steps between two checkpoints.
         progress: called after each step.
         changes: fields of the recipe that are to be different, for instance ``steps=100``.
+
+    In processes that torchrun or accelerate has started, each does a part of the windows of every step (all must be
+    given the same arguments, and the model on a device of their own); the first writes the files.
 
     Returns:
         The lens. At each site its map is the one that was best on the validation windows, so it is never worse there
@@ -216,24 +131,32 @@ def fit(
         raise InputError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
     recipe = replace(recipe or Recipe(), **changes, kind=kind)
     recipe.check()
-    if not by_tokens(model, [Encoded(None, (0,))]) or model.encoder_decoder:
-        raise InputError(f"{model.name} is not read token by token from texts alone: fit() needs that")
     place = None if folder is None else check_folder(folder, STATE)
     lens = identity(model, recipe.kind, sites, **({} if rank is None else {"rank": rank}))
-    texts = corpus(source, column=column)
-    data = _Data.of(model, texts, recipe)
+    data = material(
+        model,
+        source,
+        wanted=recipe.validation_windows + recipe.steps * recipe.windows_per_step,
+        least=recipe.validation_windows + recipe.windows_per_step,
+        length=recipe.length,
+        column=column,
+        decoder_column=decoder_column,
+        concepts=concepts,
+    )
     lens.recipe, lens.corpus = asdict(recipe), data.described
-    run = _Fit(model, lens, recipe, data)
-    try:
-        _run(run, place, checkpoint_every, progress)
-    finally:
-        for p in lens.maps.parameters():
-            p.grad = None
-        lens.maps.requires_grad_(False)
-    if place is not None:
-        lens.save(place)
-        for old in [place / STATE, *place.glob("fit-*.safetensors")]:
-            old.unlink(missing_ok=True)
+    with joined(model) as group:
+        run = _Fit(model, lens, recipe, data, group)
+        try:
+            _run(run, place, checkpoint_every, progress)
+        finally:
+            for p in lens.maps.parameters():
+                p.grad = None
+            lens.maps.requires_grad_(False)
+        if place is not None and group.writes:
+            lens.save(place)
+            for old in [place / STATE, *place.glob("fit-*.safetensors")]:
+                old.unlink(missing_ok=True)
+        group.add([torch.zeros(1, device=model.device)])  # nobody goes on before the lens is there
     return lens
 
 
@@ -241,16 +164,15 @@ def _run(run: _Fit, place: Path | None, checkpoint_every: int, progress: Callabl
     """Step after step to the end; the best maps are in the lens then."""
     recipe, lens = run.recipe, run.lens
     state = run.start() if place is None else run.resumed(place)
-    begin, first = time.perf_counter(), state.step
+    begin, first, tokens = time.perf_counter(), state.step, 0
     while state.step < recipe.steps and state.stale < recipe.patience:
+        tokens += run.tokens(state.step)
         loss = run.advance(state)
         if progress is not None:
             seconds = time.perf_counter() - begin
-            done = state.step - first
-            left = seconds / done * (recipe.steps - state.step)
-            tokens = done * recipe.windows_per_step * recipe.length
+            left = seconds / (state.step - first) * (recipe.steps - state.step)
             progress(Progress(state.step, recipe.steps, tokens, loss, float(state.best_kl.mean()), seconds, left))
-        if place is not None and state.step % checkpoint_every == 0:
+        if place is not None and run.group.writes and state.step % checkpoint_every == 0:
             run.keep(state, place)
     lens.maps.load_state_dict(state.best)
     lens.metrics = run.metrics(state)
@@ -301,56 +223,24 @@ def _measured(
     )
 
 
-@dataclass
-class _Data:
-    """The windows of a fit, in memory: four bytes a token.
-
-    Attributes:
-        ids: [windows, length] int32; those for validation come first.
-        own: which positions may be used.
-        described: plain values for the record.
-    """
-
-    ids: np.ndarray
-    own: range
-    described: dict[str, Any]
-
-    @staticmethod
-    def of(model: Model, texts: Corpus, recipe: Recipe) -> _Data:
-        """As many windows as the recipe can use."""
-        wanted = recipe.validation_windows + recipe.steps * recipe.windows_per_step
-        found: list[np.ndarray] = []
-        own = range(0)
-        for window in islice(windows(model, texts, recipe.length), wanted):
-            found.append(np.array(window.ids, dtype=np.int32))
-            own = range(window.own.start, window.own.stop)
-        least = recipe.validation_windows + recipe.windows_per_step
-        if len(found) < least:
-            raise InputError(
-                f"the corpus {texts.name} gives {len(found)} windows of {recipe.length} tokens; at least {least} are "
-                f"needed ({recipe.validation_windows} for validation, {recipe.windows_per_step} for a step): "
-                "give more text, or a smaller length"
-            )
-        ids = np.stack(found)
-        described = {
-            "name": texts.name,
-            "windows": len(found),
-            "tokens": int(ids.size),
-            "digest": hashlib.sha256(ids.tobytes()).hexdigest(),
-        }
-        return _Data(ids, own, described)
-
-
 class _Fit:
     """One fit: everything that does not change while it goes on."""
 
-    def __init__(self, model: Model, lens: FittedLens, recipe: Recipe, data: _Data) -> None:
+    def __init__(
+        self, model: Model, lens: FittedLens, recipe: Recipe, data: Material, group: Group | None = None
+    ) -> None:
         self.model, self.lens, self.recipe, self.data = model, lens, recipe, data
+        self.group = Group() if group is None else group
         self.sites = list(lens.sites)
-        self.final = model.last_site
         self.device = model.device
         count = recipe.validation_windows
-        self.validation, self.training = range(count), range(count, len(data.ids))
+        self.validation, self.training = range(count), range(count, len(data))
+        narrow = recipe.products == "bfloat16"
+        self.loss: Loss = (
+            TokenLoss(model, lens, recipe.length, narrow)
+            if by_tokens(model, [data.prompt(0)])
+            else StateLoss(model, lens)
+        )
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -409,93 +299,50 @@ class _Fit:
         return found
 
     def _positions(self, window: int, step: int, n: int) -> list[int]:
-        own = self.data.own
+        own = self.data.own(window)
+        if not own:
+            return []
         count = max(1, round(self.recipe.share * len(own)))
         generator = np.random.default_rng([self.recipe.seed, 1, step, window, n])
         return sorted(int(own[i]) for i in generator.choice(len(own), count, replace=False))
 
-    # -- loss ----------------------------------------------------------------------------------
-
-    def _rows(self, chosen: Sequence[int], positions: Sequence[Sequence[int]]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Hidden states [sites, n, width] of some positions, a few at a time, and of the last block [n, width]."""
-        prompts = [Encoded(None, tuple(map(int, self.data.ids[w]))) for w in chosen]
-        many = max(1, ROWS // len(self.sites))
-        together = max(1, PASS // self.recipe.length)
-        for first in range(0, len(prompts), together):
-            some = slice(first, first + together)
-            found = capture_encoded(
-                self.model, prompts[some], [*self.sites, self.final], positions[some], self.recipe.length, share=False
-            )
-            final = found.kept[self.final.layer, self.final.kind]
-            for start in range(0, len(final), many):
-                rows = slice(start, min(start + many, len(final)))
-                kept = {key: value[rows] for key, value in found.kept.items()}
-                one = type(found)(found.sites, found.prompts, found.positions, kept, found.projections)
-                yield one.stacked(self.sites), final[rows]
+    def tokens(self, step: int) -> int:
+        """Tokens that a step takes, of all processes; a picture counts as one."""
+        return sum(max(1, len(self.data.own(w))) for w in self._chosen(step))
 
     def _backward(self, step: int) -> torch.Tensor:
-        """Add the gradients of the mean KL of a step; returns it for each site, [sites] float64."""
-        chosen = self._chosen(step)
-        positions = [self._positions(w, step, n) for n, w in enumerate(chosen)]
-        total = sum(map(len, positions))
-        kl = torch.zeros(len(self.sites), dtype=torch.float64)
-        for p in self.lens.maps.parameters():
+        """The gradients of the mean KL of a step, in ``p.grad``; returns it for each site, [sites] float64."""
+        parameters = list(self.lens.maps.parameters())
+        for p in parameters:
             p.grad = torch.zeros_like(p)
-        for hidden, final in self._rows(chosen, positions):
-            with self.model.exclusive(), torch.no_grad():
-                x, reference = self._moved(hidden), self.model.tail.prepare(final)
-                narrow = self.recipe.products == "bfloat16"
-                found = divergence(x, reference, self.model.tail.source, narrow=narrow)
-                del x
-                for i, slope in enumerate(found.gradient):
-                    self._add(i, hidden[i : i + 1], slope)
-            kl += found.kl.sum(1).cpu()
+        mine = self.group.part(list(enumerate(self._chosen(step))))
+        positions = [self._positions(w, step, n) for n, w in mine]
+        kl, count = self._total(self.loss.backward([self.data.prompt(w) for _, w in mine], positions))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.group.add(gradients)
         # The mean is taken of the maps' gradients, in float32: divided before, float16 would lose them.
-        for p in self.lens.maps.parameters():
-            assert p.grad is not None
-            p.grad /= total
-        return kl / total
+        for gradient in gradients:
+            gradient /= count
+        return kl / count
 
-    def _moved(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows to decode [sites, n, d], of hidden states [sites, n, width]."""
-        return torch.stack(
-            [
-                self.model.tail.prepare(self.lens.maps(_wide(hidden[i : i + 1]), slice(i, i + 1))[0].to(hidden.dtype))
-                for i in range(len(hidden))
-            ]
-        )
+    def _total(self, found: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, int]:
+        """Sums [sites], and of how many they are, over all processes."""
+        both = torch.cat([found[0], torch.tensor([float(found[1])], dtype=torch.float64)])
+        if self.group.size > 1:
+            both = both.to(self.device)
+            self.group.add([both])
+        return both[:-1].cpu(), round(float(both[-1]))
 
-    def _add(self, site: int, hidden: torch.Tensor, slope: torch.Tensor) -> None:
-        """Add to the gradients of one site's map, from that of its rows [n, d]; states are [1, n, width].
-
-        The map is applied once more for this: that costs little beside the head, and keeping it for all sites would
-        cost several times their hidden states, and the gradients of all sites at once another copy of all maps.
-        """
-        maps = self.lens.maps
-        own = {name: p.detach()[site : site + 1].requires_grad_(True) for name, p in maps.named_parameters()}
-        with torch.enable_grad():
-            moved = functional_call(maps, own, (_wide(hidden),)).to(hidden.dtype)
-            x = self.model.tail.prepare(moved[0])
-        found = torch.autograd.grad(x, list(own.values()), slope.to(x.dtype))
-        for p, gradient in zip(maps.parameters(), found, strict=True):
-            assert p.grad is not None
-            p.grad[site] += gradient[0]
-
-    def kl(self, chosen: Sequence[int]) -> torch.Tensor:
-        """KL of every site at every position of some windows, [sites, n] float64."""
-        own = list(self.data.own)
-        found: list[torch.Tensor] = []
-        for hidden, final in self._rows(chosen, [own] * len(chosen)):
-            with self.model.exclusive(), torch.no_grad():
-                x, reference = self._moved(hidden), self.model.tail.prepare(final)
-                got = statistics(x, self.model.tail.source, top_k=1, reference=reference, entropy=False)
-            assert got.kl is not None
-            found.append(got.kl.cpu())
-        return torch.cat(found, dim=1)
+    def _validation_kl(self) -> torch.Tensor:
+        """Mean KL of every site on the validation windows, [sites] float32."""
+        mine = self.group.part(self.validation)
+        prompts, own = [self.data.prompt(w) for w in mine], [list(self.data.own(w)) for w in mine]
+        kl, count = self._total(self.loss.kl(prompts, own))
+        return (kl / count).float()
 
     def _look(self, state: _State) -> None:
         """Keep of every site the map that is best on the validation windows so far."""
-        kl = self.kl(self.validation).mean(1).float()
+        kl = self._validation_kl()
         better = kl < state.best_kl
         now = {name: value.detach().clone() for name, value in self.lens.maps.state_dict().items()}
         for name, value in now.items():
@@ -577,7 +424,3 @@ class _Fit:
             return _State(self.lens, optimiser, best, tensors["best_kl"], done, stale, history)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(damaged) from error
-
-
-def _wide(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))

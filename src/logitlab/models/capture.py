@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 
-from logitlab.errors import InputError, ModelError
+from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
 from logitlab.models.hooks import Taps, first_tensor
 from logitlab.models.inputs import Encoded, whole_number
+from logitlab.models.output import Output, output_of
 from logitlab.models.passes import Part, arguments_of, parts, stopped
 from logitlab.models.sites import Site
 from logitlab.models.trace import Run, Trace, copied
+from logitlab.models.verify import finite_size, max_difference, tolerance
 from logitlab.models.watch import Key, projection_of, watch
 
 
@@ -273,3 +275,41 @@ def states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, d
     if bad is not None:
         raise ModelError(f"{bad[0]}.{bad[1]} has states of shape {list(found[bad].shape)}, the last block {list(size)}")
     return run, found
+
+
+def checked_states(model: Model, prompt: Encoded, sites: Sequence[Site]) -> tuple[Run, dict[Key, torch.Tensor], Output]:
+    """`states`, and the model's own answer, which the last state decoded must be, for this very input.
+
+    Raises:
+        VerificationError: it is not.
+        ModelError: a state is not finite, or as for `states`.
+    """
+    run, rows = states(model, prompt, sites)
+    own = output_of(run.output, texts=model.tail.texts, pixels=model.tail.pixels)
+    if own is None:
+        raise ModelError(f"{model.name} returned no logits for this input")
+    for (layer, kind), values in rows.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(
+                f"hidden states are NaN or infinite at site {layer}.{kind}: "
+                "load the model in float32, or look at its weights"
+            )
+    last = first_tensor(run.blocks[-1])
+    assert last is not None
+    gap = max_difference(model.tail.output(last, run).flat, own.flat)
+    if not gap <= tolerance(model.dtype, finite_size(own.flat)):
+        raise VerificationError(
+            f"the last state of {model.stack.name} decoded differs from the model's own answer for this input by "
+            f"{gap:.2g}; this reading would be wrong"
+        )
+    return run, rows, own
+
+
+def rows_at(model: Model, rows: Mapping[Key, torch.Tensor], site: Site) -> torch.Tensor:
+    """Hidden states [rows, width] of one site, heads and neurons included, of what `states` gives."""
+    values = rows[site.layer, site.kind]
+    if site.index is None:
+        return values
+    part = model.parts[site.layer].heads if site.kind == "head_out" else model.parts[site.layer].neurons
+    assert part is not None
+    return part.expand(values, [site.index])[:, 0]

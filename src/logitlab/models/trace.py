@@ -67,6 +67,13 @@ def copied(value: Any) -> Any:
     return rebuilt(value, copied)
 
 
+def _cloned(value: Any) -> Any:
+    """`copied`, but what is differentiated stays so: records are not, a state put in their place may be."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return rebuilt(value, _cloned)
+
+
 def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     """A tuple, list or mapping of the same type with every item changed; anything else as it is."""
     if isinstance(value, tuple):
@@ -161,7 +168,7 @@ def answer_from(record: list[Any], module: nn.Module) -> Callable[..., Any]:
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         for output in queue:
-            answered = copied(output)
+            answered = _cloned(output)
             collect(module, args, answered)
             return answered
         return nn.Module._call_impl(module, *args, **kwargs)  # pyright: ignore[reportPrivateUsage]

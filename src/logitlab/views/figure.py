@@ -88,29 +88,16 @@ def figure(reading: Reading, *, prompt: int = 0) -> Figure:
         InputError: no such prompt, nothing was read for it, its picture cannot be decoded, or Matplotlib is
             not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("a figure needs matplotlib: pip install 'logitlab[figures]'") from error
-    if not -len(reading.prompts) <= prompt < len(reading.prompts):
-        raise InputError(f"prompt {prompt} is not in this Reading: it has {len(reading.prompts)}")
-    prompt %= len(reading.prompts)
-    sites, positions = len(reading.sites), len(reading.prompts[prompt].positions)
-    if not sites or not positions:
-        raise InputError(f"there is nothing to draw: prompt {prompt} has no sites or no positions in this Reading")
+    drawn = window()
+    prompt, (width, height), labels = panel_size(reading, prompt)
     if (pictured := overlay.figure(reading, prompt, _fonts())) is not None:
         return pictured
-    written = positions <= _MOST_POSITIONS and sites <= _MOST_SITES
-    labels = _labels(reading, prompt) if written else None
-    cell = _cell_width(labels) if labels else max(0.02, min(0.15, 9 / positions))
-    height = 0.19 if written else max(0.05, min(0.15, 7 / sites))
     beside = 1.9 if reading.targets else 0.0
     around = 2.0 + 0.13 * len(reading.targets)  # title, tokens, colour bar and the key of the targets
-    size = (max(cell * positions, 1.5) + beside + 1.6, max(height * sites, 1.2) + around)
-    drawn = Figure(figsize=size, layout="constrained")
-    ratios = [max(cell * positions, 1.5), beside] if beside else [1.0]
+    drawn.set_size_inches(width + beside + 1.6, height + around)
+    ratios = [width, beside] if beside else [1.0]
     axes = drawn.subplots(1, len(ratios), sharey=True, squeeze=False, width_ratios=ratios)[0]
-    _heat_map(axes[0], reading, prompt, labels)
+    heat_map(axes[0], reading, prompt, labels)
     if beside:
         _ranks(axes[1], reading, prompt)
     title = " · ".join(part for part in (model_name(reading), lens_name(reading)) if part)
@@ -118,7 +105,40 @@ def figure(reading: Reading, *, prompt: int = 0) -> Figure:
     return drawn
 
 
-def _heat_map(axes: Axes, reading: Reading, n: int, labels: list[list[str]] | None) -> None:
+def window() -> Figure:
+    """An empty figure.
+
+    Raises:
+        InputError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("a figure needs matplotlib: pip install 'logitlab[figures]'") from error
+    return Figure(layout="constrained")
+
+
+def panel_size(reading: Reading, prompt: int) -> tuple[int, tuple[float, float], list[list[str]] | None]:
+    """Number of a prompt, from 0; inches that its heat map takes; labels of its cells, if they have room.
+
+    Raises:
+        InputError: no such prompt, or nothing was read for it.
+    """
+    if not -len(reading.prompts) <= prompt < len(reading.prompts):
+        raise InputError(f"prompt {prompt} is not in this Reading: it has {len(reading.prompts)}")
+    prompt %= len(reading.prompts)
+    sites, positions = len(reading.sites), len(reading.prompts[prompt].positions)
+    if not sites or not positions:
+        raise InputError(f"there is nothing to draw: prompt {prompt} has no sites or no positions in this Reading")
+    written = positions <= _MOST_POSITIONS and sites <= _MOST_SITES
+    labels = _labels(reading, prompt) if written else None
+    cell = _cell_width(labels) if labels else max(0.02, min(0.15, 9 / positions))
+    height = 0.19 if written else max(0.05, min(0.15, 7 / sites))
+    return prompt, (max(cell * positions, 1.5), max(height * sites, 1.2)), labels
+
+
+def heat_map(axes: Axes, reading: Reading, n: int, labels: list[list[str]] | None, *, bar: bool = True) -> None:
+    """Draw sites by tokens, with their ``labels`` if there is room, and a colour bar."""
     from matplotlib.colors import ListedColormap
 
     prompt, count = reading.prompts[n], len(reading.prompts[n].positions)
@@ -160,14 +180,16 @@ def _heat_map(axes: Axes, reading: Reading, n: int, labels: list[list[str]] | No
                 color=colour.foreground(float(value)),
                 parse_math=False,
             )
+    if not bar:
+        return
     assert axes.figure is not None
-    bar = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
+    scale = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
     label = f"probability of the top {noun(reading)}"
     if reading.activation == "sigmoid":
         label += f"\n{pictures.INDEPENDENT}"
-    bar.set_label(label, fontsize=_TEXT)
-    bar.ax.tick_params(labelsize=_SMALL)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    scale.set_label(label, fontsize=_TEXT)
+    scale.ax.tick_params(labelsize=_SMALL)
+    scale.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
 def _ranks(axes: Axes, reading: Reading, n: int) -> None:
