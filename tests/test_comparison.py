@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,43 @@ def test_what_cannot_be_compared(model: ll.Model) -> None:
         found.grid(prompt=1)
     with pytest.raises(InputError, match="position 9 is not among the 3"):
         found.grid(position=9)
+
+
+def test_long_names_and_names_like_markup(model: ll.Model) -> None:
+    names = ["/home/someone/experiments/2026/lenses/" + x for x in ("runs[affine]/a", "runs[/x]/b", "c")]
+    text = str(ll.compare(model, "a b", dict.fromkeys(names, ll.LogitLens())))
+    whole = "".join(text.split())
+    assert "runs[affine]" in whole.replace("\n", "") or "[affine]" in whole
+    assert text.splitlines()[-1].startswith("llama: top token")
+    for site in ("in", "0", "1", "2"):
+        assert any(line.split()[:1] == [site] for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("lenses", "match"),
+    [
+        ([ll.LogitLens()], "give lenses by the name"),
+        (None, "give lenses by the name"),
+        ({}, "give lenses by the name"),
+        ({3: ll.LogitLens()}, "give lenses by the name"),
+        ({"x": "logit"}, "'x' is a str, not a lens"),
+    ],
+)
+def test_bad_lenses(model: ll.Model, lenses: Any, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        ll.compare(model, "a", lenses)
+
+
+def test_bad_options(model: ll.Model) -> None:
+    with pytest.raises(InputError, match="takes lenses=, not lens="):
+        ll.compare(model, "a", {"x": ll.LogitLens()}, lens=ll.LogitLens())
+    with pytest.raises(InputError, match="there is no lens 'q' in this comparison; there are x"):
+        ll.compare(model, "a", {"x": ll.LogitLens()})["q"]
+    other = ll.wrap(zoo.build("gpt2"), zoo.tokenizer(), name="gpt2")
+    with pytest.raises(InputError, match="are of other models"):
+        Comparison({"x": ll.read(model, "a b"), "y": ll.read(other, "a b")})
+    with pytest.raises(InputError, match=r"this bias lens is for the stack model\.layers of llama"):
+        ll.compare(other, "a", {"x": moved(model)})
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,7 @@ def main() -> None:
         lens = ll.load_lens(work / kind)
         lenses[lens.name] = lens
     report = ll.sweep(model, rows[used:], lens=lenses, max_tokens=HELD_OUT, folder=work / "sweep")
+    report.about["corpus"]["name"] = "books, held out"
     curves(report, DOCS / "images" / "lenses.png", measures=["kl", "agreement", "cross_entropy"])
     prompt = "The capital of France is"
     ll.compare(model, prompt, {n: lenses[n] for n in SHOWN}).figure(DOCS / "images" / "lenses-compared.png")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from logitlab.errors import VerificationError as VerificationError
     from logitlab.generation import Step as Step
     from logitlab.generation import generate as generate
+    from logitlab.interventions import Intervention as Intervention
+    from logitlab.interventions import intervene as intervene
     from logitlab.lenses import ConceptLens as ConceptLens
     from logitlab.lenses import FittedLens as FittedLens
     from logitlab.lenses import Lens as Lens
@@ -48,6 +50,7 @@ _HOME = {
     "ConceptLens": "lenses",
     "FittedLens": "lenses",
     "InputError": "errors",
+    "Intervention": "interventions",
     "Lens": "lenses",
     "LogitLens": "lenses",
     "LogitlabError": "errors",
@@ -68,6 +71,7 @@ _HOME = {
     "fit": "lenses.fit",
     "fit_jacobian": "lenses.jacobian",
     "generate": "generation",
+    "intervene": "interventions",
     "load": "models.load",
     "load_lens": "lenses",
     "read": "reader",
@@ -81,6 +85,7 @@ __all__ = [
     "ConceptLens",
     "FittedLens",
     "InputError",
+    "Intervention",
     "Lens",
     "LogitLens",
     "LogitlabError",
@@ -101,6 +106,7 @@ __all__ = [
     "fit",
     "fit_jacobian",
     "generate",
+    "intervene",
     "load",
     "load_lens",
     "read",

@@ -229,9 +229,13 @@ def test_bad_input(model: ll.Model, tmp_path: Path) -> None:
         ({"kind": "jacobian", "rank": 0}, "rank means nothing to it"),
         ({"kind": "jacobian", "share": 0.5}, "share means nothing to it"),
         ({"loss": 1}, "takes no 'loss'"),
+        ({"rate": "1e-3"}, "rate is '1e-3'; it must be a number"),
+        ({"share": None}, "share is None; it must be a number"),
     ):
         with pytest.raises(InputError, match=match):
             fit(model, texts(), **options)  # type: ignore[arg-type]
+    with torch.inference_mode(), pytest.raises(InputError, match="needs gradients"):
+        fit(model, texts(), recipe=SMALL)
     with pytest.raises(ll.ModelError, match="not finite at"):
         fit(model, texts(), recipe=SMALL, rate=1e30, optimiser="sgd", clip=None)
     fit_options: dict[str, Any] = {"recipe": SMALL, "folder": tmp_path / "x", "checkpoint_every": 1}

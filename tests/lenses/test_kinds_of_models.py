@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -197,28 +198,70 @@ def test_what_a_decoder_has_written_of_a_sound() -> None:
     assert lens.corpus["tokens"] == 6 * (3 + len(model.decoder_start))
 
 
-def test_bad_input() -> None:
+def test_a_classifier_of_texts_takes_a_corpus(tmp_path: Path) -> None:
+    model = ll.wrap(library.build("sequence-classification", "bert"), zoo.tokenizer(), name="bert")
+    lines = tmp_path / "texts.txt.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": t[:60], "label": 1}) for t in texts(6)), encoding="utf-8")
+    lens = fit(model, lines, recipe=SMALL, kind="diagonal", steps=10)
+    falls(lens)
+    assert lens.corpus["inputs"] == 6
+
+
+def test_bad_pairs() -> None:
     t5 = ll.wrap(zoo.build("t5"), zoo.tokenizer(), name="t5")
+    options: dict[str, Any] = {"recipe": SMALL, "decoder_column": "written"}
     with pytest.raises(InputError, match="name the column with the decoder's text"):
         fit(t5, pairs(), recipe=SMALL)
-    with pytest.raises(InputError, match="has no column 'answer'; there are written"):
+    with pytest.raises(InputError, match="has no column 'answer'; its columns are text, written"):
         fit(t5, pairs(), recipe=SMALL, decoder_column="answer")
-    with pytest.raises(InputError, match="column 'written' is not a text, or is empty"):
-        fit(t5, [{"text": "a", "written": ""}], recipe=SMALL, decoder_column="written")
+    with pytest.raises(InputError, match="has no column 'source'; there are text"):
+        fit(t5, pairs(), column="source", **options)
+    for row in ({"text": "a", "written": ""}, {"text": " ", "written": "b"}):
+        with pytest.raises(InputError, match="is not a text, or is empty"):
+            fit(t5, [row], **options)
     with pytest.raises(InputError, match="has 4 inputs; at least 5 are needed"):
-        fit(t5, pairs(4), recipe=SMALL, decoder_column="written")
+        fit(t5, pairs(4), **options)
+    ids = [{"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0, 7, n]])} for n in range(6)]
+    assert fit(t5, ids, recipe=SMALL, kind="bias", steps=2).corpus["tokens"] == 18
     llama = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
     with pytest.raises(InputError, match="llama has one sequence only"):
-        fit(llama, pairs(), recipe=SMALL, decoder_column="written")
+        fit(llama, pairs(), **options)
+    with pytest.raises(InputError, match="concepts= is for models that compare"):
+        fit(llama, texts(), recipe=SMALL, concepts=["a"])
+    with pytest.raises(InputError, match="decoder_column means nothing to it"):
+        fit(t5, pairs(), kind="jacobian", decoder_column="written")
+
+
+def test_bad_inputs_of_other_kinds() -> None:
     vit = ll.wrap(library.build("image-classification", "vit"), name="vit")
     with pytest.raises(InputError, match="vit is not read from texts alone: give a list of its inputs"):
         fit(vit, "books", recipe=SMALL)
     with pytest.raises(InputError, match="has 2 inputs; at least 5 are needed"):
         fit(vit, pixels(vit, 2), recipe=SMALL)
+    whisper = ll.wrap(library.build("speech-to-text", "whisper"), name="whisper")
+    features = torch.zeros(whisper.template.inputs["input_features"].shape)
+    with pytest.raises(InputError, match="input 0 has no 'sad', which says what the decoder has written; it has input"):
+        fit(whisper, [{"input_features": features, "said": [3]}] * 6, recipe=SMALL, decoder_column="sad")
+    with pytest.raises(InputError, match="input 1 has no 'decoder'"):
+        fit(whisper, [{"input_features": features, "decoder": [3]}, {"input_features": features}], recipe=SMALL)
+
+
+def test_pictures_are_not_dropped() -> None:
+    """Wherever in a list they are, and also from a generator."""
+    module = library.build("image-text-to-text", "llava")
+    model = ll.wrap(module, zoo.tokenizer(), name="llava")
+    rows: list[Any] = [{"text": "a b c"}, {"text": "d e", "pixel_values": torch.zeros(1, 3, 8, 8)}]
+    from logitlab.lenses.material import _of_texts
+
+    assert _of_texts(model, rows[:1], "text")
+    assert not _of_texts(model, rows, "text")
+    with pytest.raises(InputError, match=r"no processor|input_ids|not understood"):
+        fit(model, iter(rows * 6), recipe=SMALL)
 
 
 WORKER = """
-import sys
+import logging, sys
+logging.disable(logging.WARNING)
 import logitlab as ll
 from tests import zoo
 from tests.words import texts
@@ -227,6 +270,18 @@ model = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
 def stop(p):
     if len(sys.argv) > 2 and p.step == 9:
         raise KeyboardInterrupt
+if sys.argv[2:] == ["several"]:
+    found = [ll.fit(model, texts(), recipe=SMALL, kind=kind, steps=3).digest for kind in ("bias", "diagonal", "bias")]
+    found.append(ll.fit(model, texts(), kind="jacobian", prompts=3, length=16, skip_first=2, folder=sys.argv[1]).digest)
+    print("digest " + " ".join(found) + "\\n", end="", flush=True)
+    sys.exit()
+if sys.argv[2:] == ["others"]:
+    import os
+    try:
+        ll.fit(model, texts() if os.environ["RANK"] == "0" else texts()[3:], recipe=SMALL)
+    except ll.InputError as error:
+        print(f"digest {error}\\n", end="", flush=True)
+    sys.exit()
 try:
     lens = ll.fit(model, texts(), recipe=SMALL, kind="affine", windows_per_step=3, products="float32",
                   folder=sys.argv[1], checkpoint_every=4, progress=stop)
@@ -265,10 +320,35 @@ def test_two_processes_fit_one_lens(tmp_path: Path) -> None:
         assert found.metrics["validation KL, nats"][site]["fitted"] == pytest.approx(row["fitted"], rel=1e-3)
 
 
+def test_several_fits_in_the_same_processes(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    one, other = together(worker, str(tmp_path / "x"), "several")
+    assert one == other
+    digests = one.split()[1:]
+    assert digests[0] == digests[2] != digests[1]
+    model = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
+    alone = fit(model, texts(), kind="jacobian", prompts=3, length=16, skip_first=2)
+    found = ll.load_lens(tmp_path / "x")
+    assert isinstance(found, ll.FittedLens)
+    assert found.recipe["prompts"] == 3
+    torch.testing.assert_close(found.maps.state_dict()["weight"], alone.maps.state_dict()["weight"])
+
+
+def test_processes_that_differ_are_told(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    for line in together(worker, str(tmp_path / "x"), "others"):
+        assert line.startswith("digest processes 0 and 1 of this fit differ in their corpus: give all of them the same")
+
+
 def test_a_group_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="WORLD_SIZE is 2, but the other processes cannot be reached"):
+        fit(model, texts(), recipe=SMALL)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE is 'two'"):
         fit(model, texts(), recipe=SMALL)

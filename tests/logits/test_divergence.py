@@ -98,6 +98,34 @@ def test_rounded_products_are_near(backend: str) -> None:
     assert float(itself.gradient.abs().max()) < 1e-5  # both sides are rounded alike
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_slope_is_zero_where_it_should_be_however_the_work_is_cut(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides are rounded alike, also where one of them has many more rows than the other."""
+    if gpu:  # the way that GPUs go, here by float32 products of rounded numbers
+        monkeypatch.setattr(HeadRows, "narrows", property(lambda self: True))
+    generator = torch.Generator().manual_seed(12)
+    head = Head(torch.randn(9000, 64, generator=generator) * 0.4)
+    final = torch.randn(11, 64, generator=generator)
+    backend = "tiled" if gpu else "auto"
+    found = divergence(final.expand(7, -1, -1), final, head, backend, narrow=True)
+    assert float(found.gradient.abs().max()) < 2e-5
+    assert float(found.kl.max()) < 1e-5
+    x = final + 0.3 * torch.randn(7, 11, 64, generator=generator)
+    near = divergence(x, final, head, backend, narrow=True)
+    kl, gradient = by_autograd(x, final, head)
+    assert float((near.gradient - gradient).norm() / gradient.norm()) < 0.02
+    assert float((near.kl - kl).abs().max()) < 0.02
+
+
+def test_no_rows() -> None:
+    head = head_of("plain")
+    for kind in kinds():
+        mean, lse = kind(torch.empty(0, 19), head).expected()
+        assert (mean.shape, lse.shape) == ((0, 19), (0,))
+
+
 def by_hand(x: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
     z = head.logits(x.double(), dtype=torch.float64)
     return z.softmax(-1) @ head.weight.double(), z.logsumexp(-1)

@@ -58,6 +58,12 @@ def test_what_it_leaves_alone() -> None:
     assert name == "AddmmBackward0"
     assert (y.dtype, found.dtype) == (torch.float64, torch.float64)
     fixed = torch.nn.Linear(12, 5).requires_grad_(False)
+    residual = torch.randn(7, 5, requires_grad=True)
+    with QuickGradients():
+        y = torch.addmm(residual, x.clone().requires_grad_(True), torch.randn(12, 5))
+    assert torch.autograd.grad(y.sum(), residual)[0].sum() == residual.numel()  # what is added has a gradient too
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradient(fixed, x, quick=True)[0].dtype == torch.bfloat16
     with QuickGradients():
         assert fixed(x).grad_fn is None
         by_name = torch.nn.functional.linear(input=x.requires_grad_(True), weight=fixed.weight, bias=fixed.bias)

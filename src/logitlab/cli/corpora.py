@@ -36,11 +36,12 @@ from logitlab.cli.options import (
     prompts_of,
     status,
     target_of,
+    titled,
 )
 from logitlab.errors import InputError
 
 if TYPE_CHECKING:
-    from logitlab.lenses import FittedLens, Lens
+    from logitlab.lenses import FittedLens
 
 
 class Kind(StrEnum):
@@ -104,7 +105,7 @@ def fit(
     """
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     with status("loading the model") as say:
-        placed = Placed(device or own_device(), device_map, offload_folder, quantize)
+        placed = Placed(device or own_device(device_map), device_map, offload_folder, quantize)
         handle = load(model, dtype, placed, stack, allow_pickle, trust_remote_code, say)
         say("fitting")
     from logitlab.lenses.fit import fit as fit_lens
@@ -139,12 +140,14 @@ def fit(
         print(f"wrote {out}", file=sys.stderr)
 
 
-def own_device() -> str | None:
-    """The GPU of this process, where several have been started together."""
+def own_device(device_map: str | None) -> str | None:
+    """The GPU of this process, where several have been started together and nothing else is said."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK", "")
-    return f"cuda:{rank}" if rank.isdigit() and torch.cuda.is_available() else None
+    if device_map is not None or not rank.isdigit() or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def _print_fit(lens: FittedLens) -> None:
@@ -208,7 +211,7 @@ def sweep(
         report = sweep_corpus(
             handle,
             corpus,
-            lens=_titled(lenses),
+            lens=titled(lenses),
             sites=sites,
             top_k=top_k,
             length=length,
@@ -243,12 +246,6 @@ def sweep(
     for path in (figure, out):
         if path is not None:
             print(f"wrote {path}", file=sys.stderr)
-
-
-def _titled(lenses: dict[str, Lens]) -> dict[str, Lens]:
-    """Lenses by short names, where these tell them apart."""
-    short = [one.name if name == "logit" else name.rstrip("/").rpartition("/")[2] for name, one in lenses.items()]
-    return dict(zip(short if len(set(short)) == len(short) else lenses, lenses.values(), strict=True))
 
 
 @app.command()

@@ -239,3 +239,9 @@ def lens_of(name: str, any_weights: bool, allow_pickle: bool) -> Lens:
     if name == "logit":
         return LogitLens()
     return load_lens(name, any_weights=any_weights, allow_pickle=allow_pickle)
+
+
+def titled(lenses: dict[str, Lens]) -> dict[str, Lens]:
+    """Lenses by short names, where these tell them apart."""
+    short = [one.name if name == "logit" else name.rstrip("/").rpartition("/")[2] for name, one in lenses.items()]
+    return dict(zip(short if len(set(short)) == len(short) else lenses, lenses.values(), strict=True))

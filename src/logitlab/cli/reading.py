@@ -33,6 +33,7 @@ from logitlab.cli.options import (
     statistics_of,
     status,
     target_of,
+    titled,
 )
 from logitlab.errors import InputError
 
@@ -168,7 +169,7 @@ def compare(
 
         lenses = {name: lens_of(name, any_weights, allow_pickle) for name in names}
         say("reading")
-        found = compare_lenses(handle, prompts[0], lenses, sites=sites)
+        found = compare_lenses(handle, prompts[0], titled(lenses), sites=sites)
         grid = found.grid(position=position)
         if figure is not None:
             found.figure(figure)

@@ -114,9 +114,12 @@ def fit(
     if strange is not None:
         raise InputError(f"fit() takes no {strange!r}; a recipe has {', '.join(Recipe.__dataclass_fields__)}")
     measured = {"prompts": prompts, "skip_first": skip_first, "coordinates": coordinates}
+    if whole_number(checkpoint_every, "checkpoint_every") < 1:
+        raise InputError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
     if kind == "jacobian":
         length = changes.pop("length", 128 if recipe is None else recipe.length)
-        given = [*changes, *(["rank"] if rank is not None else [])]
+        named = {"rank": rank, "decoder_column": decoder_column, "concepts": concepts}
+        given = [*changes, *(name for name, value in named.items() if value is not None)]
         if given:
             raise InputError(
                 f"a Jacobian lens is not fitted by descent: {', '.join(given)} means nothing to it; it takes prompts, "
@@ -127,12 +130,15 @@ def fit(
     strange = next((name for name, value in measured.items() if value is not None), None)
     if strange is not None:
         raise InputError(f"{strange} is about a Jacobian lens: leave it out, or give kind='jacobian'")
-    if whole_number(checkpoint_every, "checkpoint_every") < 1:
-        raise InputError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
+    if torch.is_inference_mode_enabled():
+        raise InputError("fit() needs gradients, and torch.inference_mode() is on: call it outside of that")
     recipe = replace(recipe or Recipe(), **changes, kind=kind)
     recipe.check()
     place = None if folder is None else check_folder(folder, STATE)
     lens = identity(model, recipe.kind, sites, **({} if rank is None else {"rank": rank}))
+    group = joined(model)
+    if group.size > 1 and isinstance(source, str) and source == "-":
+        raise InputError("several processes cannot share standard input: write the texts to a file")
     data = material(
         model,
         source,
@@ -144,19 +150,18 @@ def fit(
         concepts=concepts,
     )
     lens.recipe, lens.corpus = asdict(recipe), data.described
-    with joined(model) as group:
-        run = _Fit(model, lens, recipe, data, group)
-        try:
-            _run(run, place, checkpoint_every, progress)
-        finally:
-            for p in lens.maps.parameters():
-                p.grad = None
-            lens.maps.requires_grad_(False)
-        if place is not None and group.writes:
-            lens.save(place)
-            for old in [place / STATE, *place.glob("fit-*.safetensors")]:
-                old.unlink(missing_ok=True)
-        group.add([torch.zeros(1, device=model.device)])  # nobody goes on before the lens is there
+    run = _Fit(model, lens, recipe, data, group)
+    try:
+        _run(run, place, checkpoint_every, progress)
+    finally:
+        for p in lens.maps.parameters():
+            p.grad = None
+        lens.maps.requires_grad_(False)
+    if place is not None and group.writes:
+        lens.save(place)
+        for old in [place / STATE, *place.glob("fit-*.safetensors")]:
+            old.unlink(missing_ok=True)
+    group.wait()  # nobody goes on before the lens is there
     return lens
 
 
@@ -164,6 +169,7 @@ def _run(run: _Fit, place: Path | None, checkpoint_every: int, progress: Callabl
     """Step after step to the end; the best maps are in the lens then."""
     recipe, lens = run.recipe, run.lens
     state = run.start() if place is None else run.resumed(place)
+    run.group.check_alike(run.key | {"step": state.step})
     begin, first, tokens = time.perf_counter(), state.step, 0
     while state.step < recipe.steps and state.stale < recipe.patience:
         tokens += run.tokens(state.step)
@@ -328,10 +334,8 @@ class _Fit:
     def _total(self, found: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, int]:
         """Sums [sites], and of how many they are, over all processes."""
         both = torch.cat([found[0], torch.tensor([float(found[1])], dtype=torch.float64)])
-        if self.group.size > 1:
-            both = both.to(self.device)
-            self.group.add([both])
-        return both[:-1].cpu(), round(float(both[-1]))
+        self.group.add([both])
+        return both[:-1], round(float(both[-1]))
 
     def _validation_kl(self) -> torch.Tensor:
         """Mean KL of every site on the validation windows, [sites] float32."""
@@ -366,7 +370,7 @@ class _Fit:
     # -- checkpoints ---------------------------------------------------------------------------
 
     @property
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """What must be the same for a fit to go on."""
         return {
             "recipe": asdict(self.recipe),
@@ -386,7 +390,7 @@ class _Fit:
         tensors["best_kl"] = state.best_kl
         file = f"fit-{state.step}.safetensors"
         write_atomically(folder / file, lambda path: save_file(tensors, path))
-        record = {"key": self._key, "file": file, "step": state.step, "stale": state.stale, "history": state.history}
+        record = {"key": self.key, "file": file, "step": state.step, "stale": state.stale, "history": state.history}
         write_text(folder / STATE, json.dumps(record) + "\n")
         for old in folder.glob("fit-*.safetensors"):
             if old.name != file:
@@ -397,7 +401,7 @@ class _Fit:
         if not (check_folder(folder, STATE) / STATE).is_file():
             return self.start()
         record = read_record(folder / STATE)
-        mine, its = self._key, record.get("key")
+        mine, its = self.key, record.get("key")
         if not isinstance(its, dict):
             raise InputError(f"{folder / STATE} is damaged: remove the folder and start again")
         other = [name for name in mine if its.get(name) != mine[name]]

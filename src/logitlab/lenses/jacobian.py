@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from logitlab.errors import InputError, ModelError
 from logitlab.files import write_atomically, write_text
 from logitlab.lenses.fitted import FittedLens, about, check_folder, identity, read_record
+from logitlab.lenses.group import Group, joined
 from logitlab.lenses.maps import Linear
 from logitlab.models.capture import by_tokens
 from logitlab.models.handle import Model
@@ -125,6 +126,8 @@ def fit_jacobian(
         about_corpus: what the lens shall say of where the prompts are from; plain values.
         progress: called with the numbers of prompts done and in all, and the seconds that are left.
 
+    In processes that torchrun or accelerate has started, each takes a prompt at a time; the first writes the files.
+
     Raises:
         InputError: an argument cannot be used, or no prompt is long enough.
         ModelError: a state does not depend on a site.
@@ -149,21 +152,34 @@ def fit_jacobian(
     done = 0
     if place is not None and (place / STATE).is_file():
         sums, done = _resumed(place, key, sums)
+    group = joined(model)
+    group.check_alike(key | {"prompts done": done})
     begin = time.perf_counter()
-    for n in range(done, len(prompts)):
-        sums = sums.merge(jacobians(model, [prompts[n]], chosen, skip_first=skip_first, coordinates=coordinates))
-        if place is not None:
-            _keep(place, key, sums, n + 1)
+    for n in range(done, len(prompts), group.size):
+        mine = prompts[n : n + group.size][group.rank : group.rank + 1]  # one each, or none
+        found = jacobians(model, mine, chosen, skip_first=skip_first, coordinates=coordinates)
+        sums = sums.merge(_together(found, group))
+        ready = min(n + group.size, len(prompts))
+        if place is not None and group.writes:
+            _keep(place, key, sums, ready)
         if progress is not None:
-            each = (time.perf_counter() - begin) / (n + 1 - done)
-            progress(n + 1, len(prompts), each * (len(prompts) - n - 1))
+            each = (time.perf_counter() - begin) / (ready - done)
+            progress(ready, len(prompts), each * (len(prompts) - ready))
     lens = sums.lens(model, skip_first=skip_first, length=length)
     lens.corpus = about_corpus or {}
-    if place is not None:
+    if place is not None and group.writes:
         lens.save(place)
         for old in [place / STATE, *place.glob("jacobian-*.safetensors")]:
             old.unlink(missing_ok=True)
+    group.wait()
     return lens
+
+
+def _together(found: Jacobians, group: Group) -> Jacobians:
+    """The sums of all processes."""
+    counts = torch.tensor([found.prompts, found.positions, found.skipped], dtype=torch.float64)
+    group.add([found.total, counts])
+    return Jacobians(found.sites, found.total, *(round(float(c)) for c in counts))
 
 
 def jacobians(
@@ -302,7 +318,7 @@ def _keep(folder: Path, key: dict[str, Any], sums: Jacobians, done: int) -> None
     write_text(folder / STATE, json.dumps({"key": key, "file": file, "done": done, "counts": counts}) + "\n")
     for old in folder.glob("jacobian-*.safetensors"):
         if old.name != file:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 def _resumed(folder: Path, key: dict[str, Any], empty: Jacobians) -> tuple[Jacobians, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from logitlab.models.capture import by_tokens
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded
 
-_NOT_TEXT = {"image", "images", "audio", "pixel_values", "input_ids", "input_features", "input_values"}
+_MEDIA = ("image", "images", "audio", "pixel_values", "input_features", "input_values")
 
 
 class Material(Protocol):
@@ -57,8 +57,9 @@ def material(
     """As much as a fit can use of a corpus or of inputs.
 
     A model that is read from texts alone gets windows of a corpus. An encoder-decoder of text gets a row at a time:
-    ``column`` goes to its encoder, ``decoder_column`` is what its decoder has written. All others get inputs as
-    `logitlab.read` takes them, one at a time.
+    ``column`` goes to its encoder, ``decoder_column`` is what its decoder has written. All others, and a list with
+    something else than texts in it, are taken as inputs, each as `logitlab.read` takes it; a classifier of texts gets a
+    text of the corpus at a time.
 
     Args:
         model: the model.
@@ -73,22 +74,46 @@ def material(
     Raises:
         InputError: the source is of another form, or has too little.
     """
-    plain = by_tokens(model, [Encoded(None, (0,))]) and model.template.tokens is not None
+    if isinstance(source, Iterator):
+        source = list(source)  # it is looked at more than once
+    reads_text = model.template.tokens is not None
     if decoder_column is not None and not model.encoder_decoder:
         raise InputError(f"decoder_column is for encoder-decoder models; {model.name} has one sequence only")
-    if plain and not model.encoder_decoder and not _holds_media(source):
-        return _windows(model, corpus(source, column=column), wanted, least, length)
-    if plain and model.encoder_decoder and "input_ids" in model.template.inputs:
+    if concepts is not None and model.space.name != "concepts":
+        raise InputError("concepts= is for models that compare pictures with texts (CLIP, SigLIP)")
+    texts = reads_text and model.space.name != "concepts" and _of_texts(model, source, column)
+    if texts and model.encoder_decoder and "input_ids" in model.template.inputs:
         if decoder_column is None:
             raise InputError(
                 f"{model.name} has an encoder and a decoder: name the column with the decoder's text (decoder_column=)"
             )
-        texts = corpus(source, column=column)
-        made = _Made(model, texts.name, _pairs(model, texts, decoder_column, length, wanted), concepts)
+        rows = corpus(source, column=decoder_column)  # both columns are texts then
+        made = _Made(model, rows.name, _pairs(model, rows, column, decoder_column, length, wanted), concepts)
+    elif texts and by_tokens(model, [Encoded(None, (0,))]):
+        return _windows(model, corpus(source, column=column), wanted, least, length)
+    elif texts:
+        rows = corpus(source, column=column)
+        made = _Made(model, rows.name, [_Raw(text.text) for text in islice(rows, wanted)], concepts)
     else:
-        raw = _listed(model, source, decoder_column or "decoder", wanted)
+        raw = _listed(model, source, decoder_column, wanted)
         made = _Made(model, type(source).__name__, raw, concepts)
     return made.checked(least)
+
+
+def _of_texts(model: Model, source: Any, column: str) -> bool:
+    """Whether a source is a corpus of texts, and not a list of inputs of other kinds."""
+    if not isinstance(source, list | tuple):
+        return True  # a file, a folder, a dataset
+    items: Sequence[Any] = source
+    sees = any(model.takes(name) for name in _MEDIA)
+    for item in items:
+        if isinstance(item, str):
+            continue
+        if not isinstance(item, Mapping) or "input_ids" in item:
+            return False
+        if set(_MEDIA) & set(item) and (sees or column not in item):
+            return False
+    return True
 
 
 # -- windows of a corpus -----------------------------------------------------------------------
@@ -201,45 +226,44 @@ class _Made:
         return self
 
 
-def _pairs(model: Model, texts: Corpus, decoder_column: str, length: int, wanted: int) -> list[_Raw]:
+def _pairs(model: Model, rows: Corpus, column: str, decoder_column: str, length: int, wanted: int) -> list[_Raw]:
     tokenizer: Any = model.tokenizer
     if tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer: texts cannot be read with it")
     found: list[_Raw] = []
-    for text in islice(texts, wanted):
-        if decoder_column not in text.columns:
-            has = ", ".join(map(str, text.columns)) or "none but the text"
-            raise InputError(f"{text.place} has no column {decoder_column!r}; there are {has}: name one")
-        written = text.columns[decoder_column]
-        if not isinstance(written, str) or not written:
-            raise InputError(f"{text.place}: column {decoder_column!r} is not a text, or is empty")
-        if not text.text:
-            raise InputError(f"{text.place}: the text for the encoder is empty")
-        ids = tokenizer(text.text, verbose=False)["input_ids"][:length]
-        target = tokenizer(text_target=written, add_special_tokens=False, verbose=False)["input_ids"]
+    for row in islice(rows, wanted):
+        given = row.text if column == decoder_column else row.columns.get(column)
+        if column != decoder_column and column not in row.columns:
+            has = ", ".join(map(str, row.columns)) or f"none but {decoder_column}"
+            raise InputError(f"{row.place} has no column {column!r}; there are {has}: name one as column=")
+        for name, text in ((column, given), (decoder_column, row.text)):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{row.place}: column {name!r} is not a text, or is empty")
+        ids = tokenizer(given, verbose=False)["input_ids"][:length]
+        target = tokenizer(text_target=row.text, add_special_tokens=False, verbose=False)["input_ids"]
         target = [*model.decoder_start, *target][:length]
         found.append(_Raw({"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([target])}))
     return found
 
 
-def _listed(model: Model, source: Any, decoder: str, wanted: int) -> list[_Raw]:
-    if isinstance(source, str | Mapping) or not isinstance(source, Iterable):
+def _listed(model: Model, source: Any, decoder_column: str | None, wanted: int) -> list[_Raw]:
+    if not isinstance(source, list | tuple):
         raise InputError(
             f"{model.name} is not read from texts alone: give a list of its inputs, each as read() takes it, not "
             f"a {type(source).__name__}"
         )
+    name = decoder_column or "decoder"
     found: list[_Raw] = []
-    for value in islice(source, wanted):
-        if isinstance(value, Mapping) and decoder in value:
-            found.append(_Raw({k: v for k, v in value.items() if k != decoder}, value[decoder]))
+    written = 0
+    for n, value in enumerate(islice(source, wanted)):
+        if isinstance(value, Mapping) and name in value:
+            written += 1
+            found.append(_Raw({k: v for k, v in value.items() if k != name}, value[name]))
+        elif decoder_column is not None or written:
+            has = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            raise InputError(f"input {n} has no {name!r}, which says what the decoder has written; it has {has}")
         else:
             found.append(_Raw(value))
+    if 0 < written < len(found):
+        raise InputError(f"input 0 has no {name!r}, and others have: give all of them one, or none")
     return found
-
-
-def _holds_media(source: Any) -> bool:
-    """Whether a list holds pictures or sounds with its texts."""
-    if not isinstance(source, list | tuple) or not source:
-        return False
-    first: Any = source[0]
-    return isinstance(first, Mapping) and bool(_NOT_TEXT & set(first))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from logitlab.errors import InputError
 from logitlab.models.inputs import whole_number
@@ -57,6 +59,11 @@ class Recipe:
             raise InputError(f"{bad} is {getattr(self, bad)}; it must be at least 1")
         if whole_number(self.seed, "seed") < 0:
             raise InputError(f"seed is {self.seed}; it must be at least 0")
+        for name in ("share", "rate", "decay", "clip"):
+            value: Any = getattr(self, name)
+            is_number = not isinstance(value, bool) and isinstance(value, Real)
+            if not is_number and not (name == "clip" and value is None):
+                raise InputError(f"{name} is {value!r}; it must be a number")
         if not 0 < self.share <= 1:
             raise InputError(f"share is {self.share}; it is a part of the positions, above 0 and at most 1")
         if not self.rate > 0 or not math.isfinite(self.rate):

@@ -66,10 +66,12 @@ def divergence(
             found = statistics(x, source, top_k=1, entropy=False, backend=backend)
             return _by_tiles(x, final, source, found.logsumexp, own.logsumexp[0])
         kind = NativeRows if choose(backend, source) == "native" else HeadRows
-        theirs, normal = (v.to(x.device) for v in kind(final, source).expected(narrow))
-        mean, lse = (v.to(x.device) for v in kind(x.reshape(-1, x.shape[-1]), source).expected(narrow))
-        wide = final.double()  # group by group, so that little is held in float64
-        gap = torch.stack([((wide - rows.double()) * theirs).sum(-1) for rows in x])
+        base, flat = kind(final, source), kind(x.reshape(-1, x.shape[-1]), source)
+        theirs, normal = (v.to(x.device) for v in base.expected(narrow, like=len(flat.x)))
+        mean, lse = (v.to(x.device) for v in flat.expected(narrow))
+        rounded = torch.bfloat16 if narrow and base.narrows else torch.float64  # as those products have taken them
+        wide = final.to(rounded).double()  # group by group, so that little is held in float64
+        gap = torch.stack([((wide - rows.to(rounded).double()) * theirs).sum(-1) for rows in x])
         kl = gap * source.scale + lse.reshape(x.shape[:2]) - normal
         return Divergence(kl.clamp_min(0.0), mean.reshape(x.shape).sub_(theirs).mul_(source.scale))
 

@@ -262,22 +262,34 @@ class NativeRows(HeadRows):
             raise OutOfMemoryError(NO_MEMORY)
         return mean.sum(0), mass.sum(0)
 
-    def expected(self, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def expected(self, narrow: bool = False, like: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `HeadRows.expected`."""
         (n, d), threads = self.x.shape, torch.get_num_threads()
-        blocks = _runs(np.arange(n), min(BLOCK_ROWS, max(self.lib.panel, math.ceil(n / threads))), self.lib.panel)
+        if n == 0:
+            return torch.empty(0, d), torch.empty(0, dtype=torch.float64)
+
+        def cut(rows: int) -> list[IntArray]:
+            most = min(BLOCK_ROWS, max(self.lib.panel, math.ceil(rows / threads)))
+            return _runs(np.arange(rows), most, self.lib.panel)
+
+        blocks = cut(n)
         tiles = math.ceil(self.head.vocab_size / (tile := EXPECT_TILES * 2 * self.lib.columns))
-        slices = slices_of(len(blocks), threads, max(1, tiles // 8))
+        slices = slices_of(len(cut(like or n)), threads, max(1, tiles // 8))
         mean = torch.empty(slices, n, d)
         lse = torch.empty(slices, n, dtype=torch.float64)
         memory = _Memory(self.lib, self.head, self.x)
         job = memory.job
         job.blocks = memory.array(np.cumsum([0, *map(len, blocks)]).astype(np.int64))
         job.n_blocks, job.slices, job.tile = len(blocks), slices, tile
-        job.mode = _BFLOAT16 if narrow and self.lib.bfloat16 else _EXACT
+        job.mode = _BFLOAT16 if narrow and self.narrows else _EXACT
         if self.lib.expect(ctypes.byref(job), mean.data_ptr(), lse.data_ptr()) != 0:
             raise OutOfMemoryError(NO_MEMORY)
         return together(mean, lse)
+
+    @property
+    def narrows(self) -> bool:
+        """See `HeadRows.narrows`."""
+        return self.lib.bfloat16
 
     def some(self, rows: torch.Tensor) -> NativeRows:
         """A few of the rows."""

@@ -92,10 +92,11 @@ class HeadRows:
             mass += weights.sum(dim=1, dtype=torch.float64)
         return total, mass
 
-    def expected(self, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def expected(self, narrow: bool = False, like: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's row in the mean that each row's own distribution takes of them, in one pass over the head.
 
         Args:
+            like: for how many rows the work is cut, by default for these: cut alike, equal rows give equal bits.
             narrow: whether products may be of numbers rounded to bfloat16, where that is quicker.
 
         Returns:
@@ -103,19 +104,40 @@ class HeadRows:
         """
         n, d = self.x.shape
         device, size = self.x.device, self.head.vocab_size
-        x = self.x.bfloat16() if narrow and device.type != "cpu" else self.x
+        narrow = narrow and self.narrows
         mean = torch.zeros(n, d, device=device)
-        total = torch.zeros(n, dtype=torch.float64, device=device)
+        total = torch.zeros(n, 1, dtype=torch.float64, device=device)
+        used = torch.zeros(n, 1, dtype=torch.float64, device=device)
         top = torch.full((n, 1), -1e30, device=device)
         for start in range(0, size, MEAN_TILE):
             columns = slice(start, min(start + MEAN_TILE, size))
-            z = self.head.logits(x, columns, x.dtype).float()
+            z = self._narrow_tile(columns) if narrow else self.tile(columns)
             higher = torch.maximum(top, z.amax(1, keepdim=True))
             shrunk, top = (top - higher).exp(), higher
             weights = (z - top).exp()
-            total = total * shrunk.squeeze(1) + weights.sum(1, dtype=torch.float64)
-            mean = mean * shrunk + (weights.to(x.dtype) @ self.head.weight[columns].to(x.dtype)).float()
-        return mean / total.float().unsqueeze(1), top.squeeze(1) + total.log()
+            total = total * shrunk + weights.sum(1, keepdim=True, dtype=torch.float64)
+            weight = self.head.weight[columns]
+            if narrow:
+                weights = weights.bfloat16()
+                part = product(weights, weight.bfloat16())
+            else:
+                part = weights @ weight.float()
+            used = used * shrunk + weights.sum(1, keepdim=True, dtype=torch.float64)
+            mean = mean * shrunk + part
+        return mean / used.float(), top.squeeze(1) + total.squeeze(1).log()
+
+    @property
+    def narrows(self) -> bool:
+        """Whether this device is quicker at products of bfloat16 numbers that are summed in float32."""
+        device = self.x.device
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def _narrow_tile(self, columns: slice) -> torch.Tensor:
+        """Logits [n, columns] float32 of rounded rows and head."""
+        head = self.head
+        z = product(self.x.bfloat16(), head.weight[columns].bfloat16().T)
+        z = head.postmap(z if head.bias is None else z + head.bias[columns].float())
+        return z if head.offset is None else z + head.offset[columns].float()
 
     def weigh(self, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Sums [n, d] of rows ``ids`` [n, c] of the head times weights [n, c], float64."""
@@ -178,6 +200,13 @@ Rows = HeadRows | SourceRows
 def rows_of(x: torch.Tensor, source: Head | LogitSource) -> Rows:
     """Rows ``x`` [n, d] with the way in which ``source`` decodes them."""
     return HeadRows(x, source) if isinstance(source, Head) else SourceRows(source.compute(x))
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` of bfloat16 matrices in float32: nothing is rounded but what was."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def together(mean: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

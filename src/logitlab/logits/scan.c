@@ -1213,7 +1213,7 @@ struct expecting {
   float *part;           /* [MV, PANEL] */
   float *mean;           /* [panels, d, PANEL] */
   float *pivot;          /* [panels, PANEL] */
-  double *sum;           /* [panels, PANEL] */
+  double *sum, *used;    /* [panels, PANEL] of weights, and of weights as they were multiplied */
 };
 
 /* Whole groups of MV, which products take, and whole pairs. */
@@ -1264,7 +1264,7 @@ static void weigh(const struct job *j, struct expecting *e, int64_t q, const str
   int64_t full = whole(t->count);
   for (int i = 0; i < NV; i++) {
     float *z = e->z + i * LANES, *pivot = e->pivot + q * PANEL + i * LANES;
-    double *sum = e->sum + q * PANEL + i * LANES;
+    double *sum = e->sum + q * PANEL + i * LANES, *used = e->used + q * PANEL + i * LANES;
     vf top = load(z);
     for (int64_t v = 1; v < t->count; v++) top = vmax(load(z + v * PANEL), top);
     top = vmax(top, splat(-1e30f)); /* of a tile that is ruled out as a whole */
@@ -1273,29 +1273,32 @@ static void weigh(const struct job *j, struct expecting *e, int64_t q, const str
     if (above(top, from + GROWTH)) {
       vf to = choose(top > from + GROWTH, top, from), scale = vexp(from - to);
       store(pivot, to);
-      for (int l = 0; l < LANES; l++) sum[l] *= (double)scale[l];
+      for (int l = 0; l < LANES; l++) sum[l] *= (double)scale[l], used[l] *= (double)scale[l];
       float *mean = e->mean + q * j->d * PANEL + i * LANES;
       for (int64_t k = 0; k < j->d; k++) store(mean + k * PANEL, load(mean + k * PANEL) * scale);
       from = to;
     }
     for (int64_t start = 0; start < t->count; start += SEGMENT) {
       int64_t end = start + SEGMENT < t->count ? start + SEGMENT : t->count;
-      vf part[2] = {{0}};
+      vf part[2] = {{0}}, rounded[2] = {{0}};
       for (int64_t v = start; v < end; v++) {
         vf y = load(z + v * PANEL), low = vmax(splat(-87.5f), y - from), p = vexp(low);
         p = choose(low == low, p, low);
-        store(z + v * PANEL, p);
         part[v & 1] += p;
+        if (j->mode != EXACT) {
+          vi bits = (vi)p;
+          p = (vf)((bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000);
+          rounded[v & 1] += p;
+        }
+        store(z + v * PANEL, p);
       }
-      vd both = widened(part[0] + part[1]);
-      for (int l = 0; l < LANES; l++) sum[l] += both[l];
+      vd both = widened(part[0] + part[1]), taken = j->mode == EXACT ? both : widened(rounded[0] + rounded[1]);
+      for (int l = 0; l < LANES; l++) sum[l] += both[l], used[l] += taken[l];
     }
     for (int64_t v = t->count; v < full; v++) store(z + v * PANEL, splat(0));
     if (j->mode == EXACT) continue;
     for (int64_t v = 0; v < full; v += 2) {
-      vi low = (vi)load(z + v * PANEL), high = (vi)load(z + (v + 1) * PANEL);
-      low += 0x7fff + ((low >> 16) & 1);
-      high += 0x7fff + ((high >> 16) & 1);
+      vi low = (vi)load(z + v * PANEL), high = (vi)load(z + (v + 1) * PANEL); /* rounded above */
       *(vi *)(e->pairs + v / 2 * PANEL + i * LANES) = ((low >> 16) & 0xffff) | (high & (int32_t)0xffff0000);
     }
   }
@@ -1340,6 +1343,7 @@ static void expect_piece(const struct job *j, struct expectation *a, int64_t b, 
   }
   memset(e->mean, 0, (size_t)(panels * j->d * PANEL) * sizeof *e->mean);
   memset(e->sum, 0, (size_t)(panels * PANEL) * sizeof *e->sum);
+  memset(e->used, 0, (size_t)(panels * PANEL) * sizeof *e->used);
   int64_t first = tiles * slice / j->slices;
   for (int64_t i = first; i < tiles * (slice + 1) / j->slices; i++) {
     int64_t start = i * j->tile, count = j->columns - start < j->tile ? j->columns - start : j->tile;
@@ -1358,7 +1362,7 @@ static void expect_piece(const struct job *j, struct expectation *a, int64_t b, 
     int64_t q = row / PANEL, lane = row % PANEL, to = slice * j->n + from + row;
     double sum = e->sum[row];
     a->lse[to] = sum > 0 ? e->pivot[row] + log(sum) : sum == 0 ? -INFINITY : NAN;
-    float part = sum > 0 ? (float)(1 / sum) : sum == 0 ? 0 : NAN;
+    float part = sum > 0 ? (float)(1 / e->used[row]) : sum == 0 ? 0 : NAN;
     for (int64_t k = 0; k < j->d; k++) a->mean[to * j->d + k] = e->mean[(q * j->d + k) * PANEL + lane] * part;
   }
 }
@@ -1383,8 +1387,9 @@ static void *expect_work(void *argument) {
       .mean = room(panels * j->d * PANEL, 4),
       .pivot = room(panels * PANEL, 4),
       .sum = room(panels * PANEL, 8),
+      .used = room(panels * PANEL, 8),
   };
-  void *all[] = {e.x, e.xb, e.spare, e.w, e.wb, e.wt, e.z, e.pairs, e.part, e.mean, e.pivot, e.sum};
+  void *all[] = {e.x, e.xb, e.spare, e.w, e.wb, e.wt, e.z, e.pairs, e.part, e.mean, e.pivot, e.sum, e.used};
   int fine = 1;
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) fine = fine && all[i];
   if (fine)

@@ -38,16 +38,18 @@ class QuickGradients(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and onednn() is not None:
             x, weight, bias = (*args, None)[:3] if len(args) > 1 else (None, None, None)
-            if not kwargs and _suits(x, weight):
+            if not kwargs and _suits(x, weight, bias):
                 return _Linear.apply(x, weight, bias)
         elif func is torch.addmm and onednn() is not None and len(args) == 3 and not kwargs:
             bias, x, weight = args
-            if _suits(x, weight):
+            if _suits(x, weight, bias):
                 return _Linear.apply(x, weight.t(), bias)
         return func(*args, **kwargs)
 
 
-def _suits(x: Any, weight: Any) -> bool:
+def _suits(x: Any, weight: Any, bias: Any) -> bool:
+    if torch.is_autocast_enabled("cpu") or (bias is not None and (bias.requires_grad or bias.ndim != 1)):
+        return False
     return (
         isinstance(x, torch.Tensor)
         and isinstance(weight, torch.Tensor)

@@ -15,9 +15,9 @@ from rich.text import Text
 from logitlab.comparison import Comparison
 from logitlab.errors import InputError
 from logitlab.reading import Reading
-from logitlab.views import colour, pictures
+from logitlab.views import colour, overlay, pictures
 from logitlab.views.figure import heat_map, panel_size, window, write_figure
-from logitlab.views.tokens import cell_label, model_name, percent, site_names, visible
+from logitlab.views.tokens import cell_label, model_name, noun, percent, site_names, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,15 +43,15 @@ def grid(comparison: Comparison, *, prompt: int = 0, position: int = -1) -> Grou
         raise InputError(f"position {position} is not among the {count} positions that were read")
     slot = position % count
     token = pictures.position_names(first.prompts[prompt])[slot]
-    title = f"after {visible(token)}, position {first.prompts[prompt].positions[slot]}"
+    title = f"{visible(token)}, position {first.prompts[prompt].positions[slot]}"
     table = Table(box=None, pad_edge=False)
-    table.add_column("site", style="dim", justify="right")
+    table.add_column("site", style="dim", justify="right", no_wrap=True)
     for name in comparison.readings:
-        table.add_column(visible(name, space=" "), no_wrap=True)
+        table.add_column(Text(visible(name, space=" "), overflow="fold"))
     names = site_names(first.sites)
     for s in range(len(first.sites) - 1, -1, -1):
         table.add_row(names[s], *(_cell(reading, prompt, s, slot) for reading in comparison.readings.values()))
-    unit = "top token, its probability" + (", KL from the model in nats" if "kl" in first.arrays else "")
+    unit = f"top {noun(first)}, its probability" + (", KL from the model in nats" if "kl" in first.arrays else "")
     return Group(Text(title, "bold"), table, Text(f"{model_name(first)}: {unit}", "dim"))
 
 
@@ -101,13 +101,13 @@ def figure(comparison: Comparison, *, prompt: int = 0) -> Figure:
     axes = drawn.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
     for i, (name, reading) in enumerate(readings.items()):
         heat_map(axes[i], reading, prompt, labels[i], bar=False)
-        axes[i].set_title(visible(name, space=" "), fontsize=8, parse_math=False)
+        axes[i].set_title(overlay.cut(visible(name, space=" "), 40), fontsize=8, parse_math=False)
         if i:
             axes[i].set_ylabel("")
             axes[i].tick_params(axis="y", labelleft=False)
     heat_map_bar = axes[0].collections[0]
     bar = drawn.colorbar(heat_map_bar, ax=list(axes), location="bottom", shrink=0.4, aspect=40, pad=0.02)
-    bar.set_label("probability of the top token", fontsize=8)
+    bar.set_label(f"probability of the top {noun(first)}", fontsize=8)
     bar.ax.tick_params(labelsize=6.5)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     drawn.suptitle(model_name(first), fontsize=9, fontweight="bold", parse_math=False)
