@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
@@ -162,7 +163,8 @@ def generate(
 
 def _steps(writer: _Writer) -> Iterator[Step]:
     """What a writer makes, one at a time."""
-    thread = threading.Thread(target=writer.run, name="logitlab-generate", daemon=True)
+    context = copy_context()  # interventions belong to the context that they were begun in
+    thread = threading.Thread(target=context.run, args=(writer.run,), name="logitlab-generate", daemon=True)
     thread.start()
     try:
         while True:

@@ -22,6 +22,7 @@ from logitlab.models.capture import Activations, by_tokens
 from logitlab.models.encoder import concept_labels
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded, whole_number
+from logitlab.models.interfere import described as interventions
 from logitlab.models.patches import token_patches
 from logitlab.models.sites import Site
 from logitlab.models.verify import finite_size, tolerance
@@ -319,6 +320,7 @@ def _provenance(model: Model, sites: Sequence[Site], lens: Lens, settings: dict[
         "verification": model.verification.as_dict(decompositions=components),
         "space": {"name": model.space.name, "per": model.space.per, "activation": model.space.activation},
         "lens": lens.describe(),
+        **({"interventions": changes} if (changes := interventions(model.module)) else {}),
         "settings": settings,
         "versions": dict(_versions()),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

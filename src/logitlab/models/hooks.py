@@ -74,6 +74,24 @@ class Taps:
         """
         self._undo.append(module.register_forward_hook(fn, with_kwargs=True).remove)
 
+    def around(self, module: nn.Module, fn: Callable[..., Any]) -> None:
+        """Let ``fn(forward, *args, **kwargs)`` run a module's own ``forward``; its hooks stay outside of that."""
+        own = module.__dict__
+        had, old = "forward" in own, module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return fn(old, *args, **kwargs)
+
+        own["forward"] = forward
+
+        def undo() -> None:
+            if had:
+                own["forward"] = old
+            else:
+                own.pop("forward", None)
+
+        self._undo.append(undo)
+
     def replace(self, module: nn.Module, fn: Callable[..., Any]) -> None:
         """Answer every call of ``module`` with ``fn(*args, **kwargs)`` instead of running it."""
         own = module.__dict__

@@ -24,6 +24,7 @@ from logitlab.errors import InputError, LogitlabError, ModelError, OutOfMemoryEr
 from logitlab.models.handle import Continuation, Model
 from logitlab.models.hooks import FORWARD_ERRORS, StopForward, Taps, hidden_input
 from logitlab.models.inputs import Encoded
+from logitlab.models.interfere import active
 from logitlab.models.output import configs_of, output_of
 from logitlab.models.verify import finite_size, max_difference, tolerance
 from logitlab.models.watch import Key, watch
@@ -323,6 +324,8 @@ def continues(model: Model, prompt: Encoded) -> bool:
     """
     if model.encoder_decoder or not model.takes("use_cache") or model.stack.batch != 1:
         return False
+    if active(model.module):
+        return False  # what is done to a token can depend on those after it (the last one of a prompt, say)
     if any(p.device.type == "meta" for p in model.module.parameters()):
         return False  # weights on disk are read for every pass: the fewer the better
     if any(most < len(prompt.ids) for most in _numbers(model, ("index_topk",))):

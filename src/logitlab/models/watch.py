@@ -1,17 +1,18 @@
-"""Watch the wanted sites of a forward pass."""
+"""Watch the wanted sites of a forward pass, or change what is there."""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
 
+import torch
 from torch import nn
 
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
-from logitlab.models.hooks import Taps, first_tensor, hidden_input
+from logitlab.models.hooks import Taps, first_tensor, hidden_input, with_hidden
 
 Key = tuple[int, str]
 """A layer and a kind of site."""
@@ -25,10 +26,21 @@ def projection_of(model: Model, key: Key) -> Projection | None:
     return {"head_out": model.parts[layer].heads, "neuron": model.parts[layer].neurons}.get(kind)
 
 
-def watch(model: Model, keys: Sequence[Key], keep: Callable[..., None], taps: Taps) -> None:
+def watch(
+    model: Model, keys: Sequence[Key], keep: Callable[..., torch.Tensor | None], taps: Taps, *, edit: bool = False
+) -> None:
     """Have ``keep(key, value, scale)`` called at every wanted site.
 
-    A module that several blocks share is told apart by counting its calls.
+    A module that several blocks share is told apart by counting its calls. That holds for one pass, unless ``edit``.
+
+    Args:
+        model: the model.
+        keys: layers and kinds of the sites.
+        keep: is given the state as it is in memory; at heads and neurons the input of their projection. What the site
+            means is ``scale`` times the value.
+        taps: what the hooks are put on with.
+        edit: whether what ``keep`` returns takes the value's place, in any number of passes. At heads and neurons it is
+            then given what the projection gives as well, ``keep(key, output, scale, given)``, and that is exchanged.
     """
     wanted: dict[int, list[str]] = defaultdict(list)
     for layer, kind in keys:
@@ -38,37 +50,70 @@ def watch(model: Model, keys: Sequence[Key], keep: Callable[..., None], taps: Ta
         layers_of[id(block.module)].append(layer)
     for layers in layers_of.values():
         if any(layer in wanted for layer in layers):
-            _attach_block(model, layers, wanted, keep, taps)
+            _attach_block(model, layers, wanted, keep, taps, edit)
 
 
 OTHER = -1
 """Stands for a call of a block's module that is not part of the stack."""
 
 
+class _Here(threading.local):
+    """Which call of a block's module is being made, in each thread."""
+
+    calls = 0
+    layer = OTHER
+
+
 def _attach_block(
-    model: Model, layers: list[int], wanted: dict[int, list[str]], keep: Callable[..., None], taps: Taps
+    model: Model,
+    layers: list[int],
+    wanted: dict[int, list[str]],
+    keep: Callable[..., torch.Tensor | None],
+    taps: Taps,
+    edit: bool,
 ) -> None:
     module = model.stack.blocks[layers[0]].module
     layer_of = {model.stack.blocks[layer].call: layer for layer in layers}
-    calls = count()
-    current = [OTHER]
+    here = _Here()
 
-    def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[0] = layer_of.get(next(calls), OTHER)  # a module may also be called outside of the stack
-        if "resid_pre" in wanted.get(current[0], ()):
-            keep((current[0], "resid_pre"), hidden_input(args, kwargs))
+    def begin(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        here.calls = 0
 
-    def leave(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if "resid_post" in wanted.get(current[0], ()):
-            keep((current[0], "resid_post"), first_tensor(output))
+    def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        here.layer = layer_of.get(here.calls, OTHER)  # a module may also be called outside of the stack
+        here.calls += 1
+        if "resid_pre" in wanted.get(here.layer, ()):
+            given = hidden_input(args, kwargs)
+            return _exchanged_input(args, kwargs, given, keep((here.layer, "resid_pre"), given))
+        return None
 
+    def leave(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if "resid_post" in wanted.get(here.layer, ()):
+            return _exchanged(output, keep((here.layer, "resid_post"), first_tensor(output)))
+        return None
+
+    if edit:
+        taps.before(model.module, begin)
     taps.before(module, enter)
     for kind in {kind for layer in layers for kind in wanted.get(layer, [])}:
         for part, takers in _modules(model, layers, kind).items():
-            taps_input = kind in ("head_out", "neuron")
-            hook = _input_hook if taps_input else _output_hook
-            (taps.before if taps_input else taps.after)(part, hook(kind, takers, current, wanted, keep))
+            projected = kind in ("head_out", "neuron")
+            hook = _both_hook if projected and edit else _input_hook if projected else _output_hook
+            (taps.before if hook is _input_hook else taps.after)(part, hook(kind, takers, here, wanted, keep))
     taps.after(module, leave)
+
+
+def _exchanged(output: Any, value: torch.Tensor | None) -> Any:
+    return None if value is None else with_hidden(output, value)
+
+
+def _exchanged_input(args: tuple[Any, ...], kwargs: dict[str, Any], old: Any, value: torch.Tensor | None) -> Any:
+    if value is None:
+        return None
+    return (
+        tuple(value if item is old else item for item in args),
+        {name: value if item is old else item for name, item in kwargs.items()},
+    )
 
 
 def _modules(model: Model, layers: list[int], kind: str) -> dict[nn.Module, dict[int, float]]:
@@ -87,22 +132,48 @@ def _modules(model: Model, layers: list[int], kind: str) -> dict[nn.Module, dict
 
 
 def _output_hook(
-    kind: str, scales: dict[int, float], current: list[int], wanted: dict[int, list[str]], keep: Callable[..., None]
+    kind: str,
+    scales: dict[int, float],
+    here: _Here,
+    wanted: dict[int, list[str]],
+    keep: Callable[..., torch.Tensor | None],
 ) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        layer = current[0]
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        layer = here.layer
         if layer in scales and kind in wanted[layer]:
-            keep((layer, kind), first_tensor(output), scales[layer])
+            return _exchanged(output, keep((layer, kind), first_tensor(output), scales[layer]))
+        return None
 
     return hook
 
 
 def _input_hook(
-    kind: str, scales: dict[int, float], current: list[int], wanted: dict[int, list[str]], keep: Callable[..., None]
+    kind: str,
+    scales: dict[int, float],
+    here: _Here,
+    wanted: dict[int, list[str]],
+    keep: Callable[..., torch.Tensor | None],
 ) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer = current[0]
+        layer = here.layer
         if layer in scales and kind in wanted[layer]:
             keep((layer, kind), hidden_input(args, kwargs))
+
+    return hook
+
+
+def _both_hook(
+    kind: str,
+    scales: dict[int, float],
+    here: _Here,
+    wanted: dict[int, list[str]],
+    keep: Callable[..., torch.Tensor | None],
+) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        layer = here.layer
+        if layer in scales and kind in wanted[layer]:
+            given = hidden_input(args, kwargs)
+            return _exchanged(output, keep((layer, kind), first_tensor(output), scales[layer], given))
+        return None
 
     return hook

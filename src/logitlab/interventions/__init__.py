@@ -1,0 +1,31 @@
+"""Interventions: temporary changes of what happens at some sites of a model."""
+
+from logitlab.interventions.apply import Steering, intervene
+from logitlab.interventions.attention import Cut, cut
+from logitlab.interventions.intervention import (
+    Intervention,
+    ablate,
+    add,
+    clamp,
+    project_out,
+    replace,
+    resample,
+    scale,
+    swap,
+)
+
+__all__ = [
+    "Cut",
+    "Intervention",
+    "Steering",
+    "ablate",
+    "add",
+    "clamp",
+    "cut",
+    "intervene",
+    "project_out",
+    "replace",
+    "resample",
+    "scale",
+    "swap",
+]
