@@ -23,6 +23,7 @@ import generating
 import jacobian
 import machine
 import memory
+import patching
 import screening
 import startup
 import sweeping
@@ -52,6 +53,7 @@ SECTIONS: dict[str, tuple[Callable[[Keep], Any], Callable[[Any], str]]] = {
     "formats": (lambda _: formats.measure(), formats.markdown),
     "sweeping": (lambda _: sweeping.measure(200_000, "::10.resid_post"), sweeping.markdown),
     "generating": (lambda _: generating.measure(40, 5), generating.markdown),
+    "patching": (lambda _: patching.measure(30, 3), patching.markdown),
 }
 
 TEXT = """# Benchmarks
@@ -140,7 +142,8 @@ prompts, from a pass of each prompt's own.
 ## Fitting a tuned lens {{ #fitting }}
 
 Beside tuned-lens' own training loop, with the same model, tokens, steps, optimiser (SGD with Nesterov momentum),
-schedule and clipping. *Memory* is what fitting needs at most beyond the loaded model and the lens. The second table is
+schedule and clipping. Both multiply with the head in bfloat16 for the gradient: theirs by autocast, ours summed in
+float32. *Memory* is what fitting needs at most beyond the loaded model and the lens. The second table is
 the KL divergence from the model's own distribution, nats, on other text, of every third site: what counts is that the
 last two columns agree. After so few steps neither lens is good; [Fitted lenses](fitted.md) shows what longer fits come
 to.
@@ -167,6 +170,14 @@ with the same file. Log-probabilities and entropies of {formats_tokens} tokens a
 ## Reading while a model writes
 
 {generating}
+
+## Activation patching
+
+Every layer and position of a pair, patched one by one. *Plain* is the same number of unpatched rows through the model
+itself, in batches of the same size, with the logits of the last position alone. A patched pass begins at the patched
+layer: what is below it is as in the unpatched run.
+
+{patching}
 
 ## GPU
 

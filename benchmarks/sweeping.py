@@ -22,11 +22,12 @@ LENGTH = 256
 def measure(tokens: int, sites: str) -> Result:
     """MB at some points, tokens a second of the sweep and of single batches before, between and after."""
     import logitlab as ll
+    from logitlab.corpora import fetch_corpus
+
+    fetch_corpus("books")
 
     model = ll.load("default")
     text = real_text()
-    pieces = [text[i : i + 4000] for i in range(0, len(text), 4000)]
-    some = pieces * (1 + tokens // 400_000)
     ids = model.tokenizer(text[:40_000])["input_ids"]
     batch = [ids[LENGTH * i : LENGTH * (i + 1)] for i in range(4)]
 
@@ -58,10 +59,12 @@ def measure(tokens: int, sites: str) -> Result:
     with TemporaryDirectory() as folder:
         begin = time.perf_counter()
         report = ll.sweep(
-            model, some, sites=sites, length=LENGTH, max_tokens=tokens, folder=Path(folder) / "x", progress=progress
+            model, "books", sites=sites, length=LENGTH, max_tokens=tokens, folder=Path(folder) / "x", progress=progress
         )
         seconds = time.perf_counter() - begin - spent[0]
     done = report.about["corpus"]["tokens"]
+    if done < tokens:
+        raise SystemExit(f"the corpus has {done} tokens only")
     return {
         "tokens": done,
         "sites": len(report.sites),

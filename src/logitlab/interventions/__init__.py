@@ -13,16 +13,19 @@ from logitlab.interventions.intervention import (
     scale,
     swap,
 )
+from logitlab.interventions.patching import Patching, patch
 
 __all__ = [
     "Cut",
     "Intervention",
+    "Patching",
     "Steering",
     "ablate",
     "add",
     "clamp",
     "cut",
     "intervene",
+    "patch",
     "project_out",
     "replace",
     "resample",
