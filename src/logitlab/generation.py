@@ -28,6 +28,7 @@ from logitlab.models.capture import activations_of, by_tokens, keys_of
 from logitlab.models.handle import Model
 from logitlab.models.hooks import Taps, hidden_input
 from logitlab.models.inputs import Encoded, whole_number
+from logitlab.models.interfere import active
 from logitlab.models.passes import Part, arguments_of, stopped
 from logitlab.models.sites import Site
 from logitlab.models.watch import Key, watch
@@ -158,17 +159,22 @@ def generate(
         **{name: value for name, value in options.items() if isinstance(value, bool | int | float | str)},
     }
     wanted = {"num_beams": 1, **options, "max_new_tokens": max_new_tokens}
-    return _steps(_Writer(plan, prompts[0], wanted, seed))
+    return _steps(_Writer(plan, prompts[0], wanted, seed), active(model.module))
 
 
-def _steps(writer: _Writer) -> Iterator[Step]:
-    """What a writer makes, one at a time."""
+def _steps(writer: _Writer, begun: list[Any]) -> Iterator[Step]:
+    """What a writer makes, one at a time; ``begun`` is what changes the model's passes."""
     context = copy_context()  # interventions belong to the context that they were begun in
     thread = threading.Thread(target=context.run, args=(writer.run,), name="logitlab-generate", daemon=True)
     thread.start()
     try:
         while True:
             writer.model.check_free()
+            if active(writer.model.module) != begun:
+                raise InputError(
+                    "this generation was begun with other interventions than there are now: ask for all of its tokens "
+                    "in the block that it is begun in"
+                )
             writer.go.release()
             item = writer.made.get()
             if item is None:

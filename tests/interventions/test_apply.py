@@ -299,6 +299,106 @@ def test_nothing_leaks() -> None:
     assert torch.equal(logits(model, ids), plain)
 
 
+def test_heads_are_changed_one_change_after_the_other() -> None:
+    model, ids = wrapped("llama"), zoo.ids(6)
+    site, v = "1.head_out.1", vector(model)
+    with iv.intervene(model, iv.add(site, v), iv.ablate(site)):
+        both = logits(model, ids)
+    with iv.intervene(model, iv.ablate(site)):
+        torch.testing.assert_close(both, logits(model, ids), atol=1e-5, rtol=1e-5)
+        with pytest.raises(InputError, match="head_out of layer 1 is changed by another block"):
+            iv.Steering(model, iv.scale("1.head_out.2", 2.0))
+        with pytest.raises(InputError, match="head_out of layer 1 is being changed"):
+            ll.read(model, ids, sites="1.head_out")
+        ll.read(model, ids, sites="1.attn_out")
+    with iv.intervene(model, iv.scale(site, 2.0), iv.scale(site, 2.0)):
+        twice = logits(model, ids)
+    with iv.intervene(model, iv.scale(site, 4.0)):
+        torch.testing.assert_close(twice, logits(model, ids), atol=1e-5, rtol=1e-4)
+
+
+def test_seeds_draw_others() -> None:
+    model, ids = wrapped("llama"), zoo.ids(6)
+    pool = ll.capture(model, [zoo.ids(9, seed=n) for n in range(4)], "0.resid_post")
+    found = []
+    for seed in range(3):
+        with iv.intervene(model, iv.resample("0.resid_post", pool, seed=seed)):
+            found.append(logits(model, ids))
+            assert torch.equal(logits(model, ids), found[-1])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("positions", ["first", "last", "each", "generated", 1, -2])
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_caches_of_other_kinds(options: dict[str, Any], positions: Any) -> None:
+    """Padding is on the left; a static cache is given masks of another form, pieces of a prompt are no prompts."""
+    model = wrapped("llama")
+    rows = [zoo.ids(9, seed=1), zoo.ids(5, seed=2)]
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 9 - len(row) :], mask[i, 9 - len(row) :] = torch.tensor(row), 1
+    with iv.intervene(model, intervention(model, "add", positions)):
+        expected = written(model, ids, attention_mask=mask)
+        found = written(model, ids, attention_mask=mask, **options)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+@pytest.mark.parametrize("positions", ["last", "each", "generated"])
+def test_a_cache_that_tells_no_length(length: int, positions: str) -> None:
+    model = wrapped("mamba")
+    ids = torch.tensor([zoo.ids(length)])
+    with iv.intervene(model, intervention(model, "add", positions)):
+        cached, whole = written(model, ids), written(model, ids, use_cache=False)
+    torch.testing.assert_close(cached, whole, atol=1e-3, rtol=1e-3)
+
+
+def test_they_may_end_in_any_order() -> None:
+    model, ids = wrapped("llama"), zoo.ids(6)
+    plain = logits(model, ids)
+    cut = iv.cut("last", [1, 2])
+    with iv.intervene(model, cut):
+        expected = logits(model, ids)
+    one, two = iv.Steering(model, iv.cut("last", [3])), iv.Steering(model, cut)
+    one.remove()
+    torch.testing.assert_close(logits(model, ids), expected, atol=0, rtol=0)
+    two.remove()
+    assert torch.equal(logits(model, ids), plain)
+    assert all("forward" not in block.module.__dict__ for block in model.stack.blocks)
+    assert "generate" not in model.module.__dict__
+
+
+def test_a_model_is_taken_apart_as_it_is() -> None:
+    model = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
+    with iv.intervene(model, iv.add("1.resid_post", vector(model), positions=30)):
+        assert all("mlp_out" in part.components for part in model.parts)
+    assert "1.mlp_out" in ll.read(model, "a b", sites="mlp_out").sites
+
+
+def test_tokens_that_are_asked_for_after_the_block() -> None:
+    model, ids = wrapped("llama"), zoo.ids(5)
+    with iv.intervene(model, iv.ablate("0.resid_post")):
+        steps = ll.generate(model, ids, max_new_tokens=3, do_sample=False)
+        next(steps)
+    with pytest.raises(InputError, match="begun with other interventions"):
+        next(steps)
+
+
+def test_rows_of_values_need_positions_with_numbers() -> None:
+    rows = torch.zeros(3, 32)
+    with pytest.raises(InputError, match="name their positions by numbers"):
+        iv.replace("0.resid_post", rows)
+    with pytest.raises(InputError, match="there are 3 rows of values for 1 positions"):
+        iv.add("0.resid_post", rows, positions=[2])
+
+
+def test_a_part_that_is_called_by_itself() -> None:
+    model = ll.wrap(zoo.build("llama"), zoo.tokenizer(), name="llama")
+    with iv.intervene(model, iv.ablate("0.resid_post")), pytest.raises(ll.ModelError, match="called by itself"):
+        model.module.model(torch.tensor([zoo.ids(3)]))
+
+
 def test_a_vector_can_be_learnt() -> None:
     model, ids = wrapped("llama"), zoo.ids(5)
     v = torch.zeros(model.width, requires_grad=True)
@@ -340,12 +440,6 @@ def test_bad_input() -> None:
             pass
     with pytest.raises(InputError, match="no intervention is given"), iv.intervene(model):
         pass
-    rows = torch.stack([v, v])
-    with (
-        iv.intervene(model, iv.replace("1.resid_post", rows, positions=[0, 1, 2])),
-        pytest.raises(InputError, match="there are 2 rows of values for 3 positions"),
-    ):
-        logits(model, zoo.ids(5))
     mamba = wrapped("mamba")
     with (
         pytest.raises(ll.ModelError, match="has no attention that could be cut"),

@@ -124,6 +124,18 @@ def test_causal_tracing() -> None:
     assert zoo.hooks(model.module) == 0
 
 
+def test_sounds_are_not_shared_out() -> None:
+    """A batch of copies would have each row hear another part."""
+    from logitlab import zoo as library
+
+    model = ll.wrap(library.build("speech-to-text", "whisper"), name="whisper")
+    shape = model.template.inputs["input_features"].shape
+    sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    clean, corrupted = ({"input_features": sound, "decoder_input_ids": torch.tensor([[1, 5, n, 7]])} for n in (6, 9))
+    one, many = (iv.patch(model, clean, corrupted, (5, 9), batch=batch) for batch in (1, 8))
+    np.testing.assert_allclose(one.patched, many.patched, atol=1e-6)
+
+
 def test_bad_input() -> None:
     model = wrapped("llama")
     ids = zoo.ids(5)

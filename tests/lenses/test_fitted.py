@@ -16,8 +16,6 @@ from logitlab.lenses.fitted import FittedLens, identity
 from logitlab.lenses.maps import FAMILIES
 from tests import zoo
 
-MODELS = ("gpt2", "llama", "gemma2", "gemma3", "cohere", "granite", "gpt_neox", "opt", "mamba", "bert", "t5", "bart")
-
 
 def changed(model: ll.Model, kind: str = "affine", seed: int = 0, **options: int) -> FittedLens:
     """A lens whose parameters are away from the identity."""
@@ -30,7 +28,7 @@ def changed(model: ll.Model, kind: str = "affine", seed: int = 0, **options: int
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", zoo.ALL)
 def test_every_family_starts_as_the_logit_lens(name: str, kind: str) -> None:
     model = ll.wrap(zoo.build(name), name=name)
     options: dict[str, Any] = {"decoder": zoo.ids(5)} if model.encoder_decoder else {}

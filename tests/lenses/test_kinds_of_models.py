@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from logitlab.errors import InputError
 from logitlab.lenses.fit import fit
 from logitlab.lenses.fitted import identity
 from logitlab.lenses.loss import StateLoss, TokenLoss
+from logitlab.lenses.maps import FAMILIES
 from logitlab.lenses.material import material
 from logitlab.lenses.recipe import Recipe
 from tests import zoo
@@ -130,6 +132,28 @@ def test_the_gradient_of_pooled_answers_is_that_of_plain_code() -> None:
     assert count == 3
     torch.testing.assert_close(kl.float(), total.detach(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(next(iter(lens.maps.parameters())).grad, bias.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("image-classification", "vit"),
+        ("object-detection", "yolos"),
+        ("ctc", "wav2vec2"),
+        ("sequence-classification", "bert"),
+        ("zero-shot-image-classification", "clip"),
+    ],
+)
+def test_an_identity_is_the_logit_lens(task: str, name: str, kind: str) -> None:
+    """Of answers that are pooled or come from whole states too; of tokens: tests/lenses/test_fitted.py."""
+    model = ll.wrap(library.build(task, name), name=name)
+    (given,) = varied(model, 1)
+    plain = ll.read(model, given)
+    found = ll.read(model, given, lens=identity(model, kind, **({"rank": 4} if kind == "low-rank" else {})))
+    assert found.provenance["lens"]["kind"] == kind
+    for key, values in plain.arrays.items():
+        np.testing.assert_allclose(found.arrays[key], values, atol=1e-6, err_msg=key)
 
 
 def varied(model: ll.Model, n: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from logitlab.interventions.intervention import Intervention
 from logitlab.interventions.positions import Tokens, chosen
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
-from logitlab.models.hooks import Taps
+from logitlab.models.hooks import Taps, wrapped
 from logitlab.models.interfere import active, interfering
 from logitlab.models.watch import Key, projection_of, watch
 
@@ -88,10 +88,14 @@ _RUN: ContextVar[_Run | None] = ContextVar("logitlab generation", default=None)
 
 
 class _Run:
-    """One generation: its prompts are what its first pass has seen."""
+    """One generation.
 
-    def __init__(self) -> None:
-        self.prompt: torch.Tensor | None = None
+    Attributes:
+        mask: [batch, tokens] of its prompts, as the call says or as its first pass has seen them.
+    """
+
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        self.mask = mask
         self.seen: dict[int, int] = defaultdict(int)  # by who counts: blocks in blocks count each for itself
 
 
@@ -109,6 +113,14 @@ class _Work:
             for site, change in item.at(model):
                 self.changes[site.layer, site.kind].append((site.index, change, item))
         self.cutter = Cutter(model, cuts, self._tokens, lambda: self._active) if cuts else None
+        for work in active(model.module):
+            twice = [key for key in self.changes if key[1] in ("head_out", "neuron") and key in work.changes]
+            if twice:
+                raise InputError(
+                    f"{twice[0][1]} of layer {twice[0][0]} is changed by another block around this one already: put "
+                    "both into one intervene()"
+                )
+        self.on = True
         self._tokens_now: Tokens | None = None
         self._inputs: dict[str, Any] = {}
         self._past: int | None = None
@@ -154,21 +166,28 @@ class _Work:
     def _look(self, batch: int, count: int) -> Tokens:
         name = "decoder_attention_mask" if self.model.encoder_decoder else "attention_mask"
         mask = self._inputs.get(name)
-        run = _RUN.get()
-        past = self._past
+        plain = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == batch
+        run, past = _RUN.get(), self._past
         if past is None:
-            wide = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else 0
+            wide = mask.shape[1] if plain and isinstance(mask, torch.Tensor) else 0
             seen = 0 if run is None else run.seen[id(self)]
-            past = wide - count if wide > count else seen if count < seen else 0
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape != (batch, past + count):
-            mask = torch.ones(batch, past + count, dtype=torch.long)
-        mask = mask.cpu()
+            past = wide - count if wide > count else seen if count <= seen else 0
+        whole = mask.cpu() if plain and isinstance(mask, torch.Tensor) and mask.shape[1] == past + count else None
+        if whole is None:
+            whole = torch.ones(batch, past + count, dtype=torch.long)
+            known = None if run is None else _rows(run.mask, batch)
+            if known is not None:  # some caches are given masks of another form
+                width = min(known.shape[1], whole.shape[1])
+                whole[:, :width] = known[:, :width]
         if run is None:
-            return Tokens.of(mask, count, None)
-        if run.prompt is None:
-            run.prompt = mask.bool().sum(1)
+            return Tokens.of(whole, count, None)
+        if run.mask is None:
+            run.mask = whole
         run.seen[id(self)] = past + count
-        return Tokens.of(mask, count, run.prompt)
+        prompt = _rows(run.mask, batch)
+        if prompt is None:
+            raise ModelError(f"{batch} sequences are written to {len(run.mask)} prompts: whose they are cannot be told")
+        return Tokens.of(whole, count, prompt.bool().sum(1))
 
     def _edit(
         self, key: Key, value: torch.Tensor, scale: float = 1.0, given: torch.Tensor | None = None
@@ -176,13 +195,19 @@ class _Work:
         """The state at a site as it is to be; None where nothing is to be done."""
         if not self._active:
             return None
+        if not self._inputs:
+            raise ModelError(
+                f"a part of {self.model.name} was called by itself: interventions need calls of the whole model, which "
+                "tell them what its tokens are"
+            )
         layout = self.model.stack.layout
         resid = key[1] in ("resid_pre", "resid_post")
-        batch = self._batch(value)
+        batch = layout.batch_size(value.shape) if resid and layout.batch is not None else self._batch(value)
         rows = layout.rows(value) if resid else value.reshape(-1, value.shape[-1])
         count = len(rows) // batch
         tokens = self._tokens(batch, count, rows.device)
         rows = rows.clone()
+        now: dict[int, torch.Tensor] = {}  # what heads and neurons that have been changed already write
         for index, change, item in self.changes[key]:
             slots = chosen(item.positions, tokens).reshape(-1)
             (which,) = (slots >= 0).nonzero(as_tuple=True)
@@ -192,8 +217,11 @@ class _Work:
             if index is None:
                 rows[which] = _divided(change(_times(rows[which], scale), where), scale)
             else:
-                own = self._own(key, index, given, which)
+                if index not in now:
+                    now[index] = self._own(key, index, given)
+                own = now[index][which]
                 moved = change(own.to(rows.dtype), where).to(own.dtype) - own
+                now[index][which] = own + moved
                 part = projection_of(self.model, key)
                 assert part is not None
                 rows[which] += _divided(moved, part.scale).to(rows.dtype)
@@ -207,13 +235,13 @@ class _Work:
                 return given.shape[0]
         return self.model.stack.layout.batch_size(value.shape)
 
-    def _own(self, key: Key, index: int, given: torch.Tensor | None, which: torch.Tensor) -> torch.Tensor:
-        """What a head or neuron writes at some tokens, [n, width] float32."""
+    def _own(self, key: Key, index: int, given: torch.Tensor | None) -> torch.Tensor:
+        """What a head or neuron writes, [tokens, width] float32."""
         part = projection_of(self.model, key)
         assert part is not None
         assert given is not None
         size = given.shape[-1] // part.parts
-        pieces = given.reshape(-1, part.parts, size)[which, index].float()
+        pieces = given.reshape(-1, part.parts, size)[:, index].float()
         return pieces @ self._matrix(key, part, index, size).to(pieces.device)
 
     def _matrix(self, key: Key, part: Projection, index: int, size: int) -> torch.Tensor:
@@ -252,28 +280,41 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
     return _names(type(module))
 
 
+def _rows(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """A mask of prompts for ``batch`` sequences, several of which can be of one prompt (beams)."""
+    if mask is None or batch % len(mask):
+        return None
+    return mask.repeat_interleave(batch // len(mask), 0)
+
+
 def _wrap_generate(module: nn.Module, stack: ExitStack) -> None:
-    """Let calls of ``generate`` know that their passes belong together."""
-    real: Any = getattr(module, "generate", None)
-    if real is None:
+    """Let calls of ``generate`` know that their passes belong together, and what their prompts are."""
+    if not hasattr(module, "generate"):
         return
 
-    @functools.wraps(real)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        token = _RUN.set(_Run())
+    def generate(real: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = _RUN.get()
+        token = _RUN.set(_Run(_prompts(module, args, kwargs)) if outer is None else outer)
         try:
             return real(*args, **kwargs)
         finally:
             _RUN.reset(token)
 
-    own = module.__dict__
-    had, old = "generate" in own, own.get("generate")
-    own["generate"] = generate
+    stack.callback(wrapped(module, "generate", generate))
 
-    def undo() -> None:
-        if had:
-            own["generate"] = old
-        else:
-            own.pop("generate", None)
 
-    stack.callback(undo)
+def _prompts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The mask of the prompts of a call of ``generate``, [batch, tokens]; None where its first pass has to tell."""
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask.cpu().long()
+    given = [*(kwargs.get(name) for name in ("input_ids", "inputs")), *args[:1]]
+    ids = next((value for value in given if value is not None), None)
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        return None
+    pad: Any = kwargs.get("pad_token_id", getattr(getattr(module, "generation_config", None), "pad_token_id", None))
+    if isinstance(pad, int) and bool((ids == pad).any()):
+        return None  # Transformers takes that for padding, or not, by rules of its own
+    return torch.ones(ids.shape, dtype=torch.long)

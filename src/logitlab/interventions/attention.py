@@ -198,14 +198,28 @@ class _Scores(TorchFunctionMode):
     ) -> Any:
         """See `TorchFunctionMode`."""
         kwargs = dict(kwargs or {})
-        if not self.seen:  # what comes later in a block is attention to an encoder, if anything
-            if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention:
+            if self._is_first():
                 return self._attention(func, list(args), kwargs)
-            if func in _SOFTMAX and isinstance(args[0], torch.Tensor) and args[0].ndim == 4:
-                dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-                if dim in (-1, 3):
-                    return self._softmax(func, list(args), kwargs)
+        elif func in _SOFTMAX:
+            given = list(args) if args else [kwargs.pop("input")]
+            dim = kwargs.get("dim", given[1] if len(given) > 1 else None)
+            if isinstance(given[0], torch.Tensor) and given[0].ndim == 4 and dim in (-1, 3) and self._is_first():
+                return self._softmax(func, given, kwargs)
+            return func(*given, **kwargs)
         return func(*args, **kwargs)
+
+    def _is_first(self) -> bool:
+        """Whether this is the block's own attention; what comes later in a decoder's is attention to the encoder.
+
+        Raises:
+            ModelError: there is another one where there is no encoder.
+        """
+        if self.seen and not self.cutter.model.encoder_decoder:
+            raise ModelError(
+                f"layer {self.layer} of {self.cutter.model.name} attends more than once: its edges cannot be cut"
+            )
+        return not self.seen
 
     def _softmax(self, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         scores = args[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from numbers import Real
@@ -56,12 +57,28 @@ def vector_of(value: Any, what: str) -> torch.Tensor:
         found = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{what} is a {type(value).__name__}; it must be a vector of numbers") from error
-    if not found.is_floating_point():
-        found = found.float()
+    found = found.to(torch.promote_types(found.dtype, torch.float32))
     if found.ndim not in (1, 2) or not found.numel():
         raise InputError(f"{what} has shape {tuple(found.shape)}; it must be [width], or a row for each position")
     if not bool(torch.isfinite(found).all()):
         raise InputError(f"{what} has numbers that are NaN or infinite")
+    return found
+
+
+def value_of(value: Any, what: str, positions: str | slice | tuple[int, ...]) -> torch.Tensor:
+    """`vector_of`, where several rows need as many positions that have numbers.
+
+    Raises:
+        InputError: they have none, or other numbers of them.
+    """
+    found = vector_of(value, what)
+    if found.ndim == 2:
+        if isinstance(positions, str):
+            raise InputError(f"{what} has {len(found)} rows: name their positions by numbers, or a slice")
+        if isinstance(positions, tuple) and len(positions) != len(found):
+            raise InputError(
+                f"there are {len(found)} rows of values for {len(positions)} positions: give one for each position"
+            )
     return found
 
 
@@ -229,10 +246,7 @@ class Resample(Change):
     def __call__(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """See `Change`."""
         # By the state's own place, so that batches, passes and caches change nothing.
-        drawn = [
-            int(torch.randint(len(self.pool), (1,), generator=torch.Generator().manual_seed(self.seed * 2**32 + n)))
-            for n in rows.number.tolist()
-        ]
+        drawn = [_draw(self.seed, n, len(self.pool)) for n in rows.number.tolist()]
         return self.pool.to(device=states.device, dtype=states.dtype)[drawn]
 
     @property
@@ -243,6 +257,12 @@ class Resample(Change):
     def describe(self) -> dict[str, Any]:
         """See `Change`."""
         return {"change": self.name, "pool": len(self.pool), "seed": self.seed}
+
+
+def _draw(seed: int, token: int, count: int) -> int:
+    """A number below ``count`` that only depends on the seed and the token's own number."""
+    digest = hashlib.sha256(f"{seed} {token}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") % count
 
 
 def basis_of(directions: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ from logitlab.interventions.changes import (
     direction_of,
     number,
     numbers_in_order,
-    vector_of,
+    value_of,
 )
 from logitlab.interventions.positions import Positions, parse
 from logitlab.models.capture import Activations
@@ -69,7 +69,7 @@ class Intervention:
     def describe(self) -> dict[str, Any]:
         """Plain values for the provenance of a reading."""
         change = self.change if isinstance(self.change, Change) else next(iter(self.change.values()))
-        sites = self.sites if isinstance(self.sites, str | Site) else [str(s) for s in self.sites]
+        sites = self.sites if isinstance(self.sites, str | Site) else [str(s) for s in self.sites or ("resid",)]
         where = self.positions
         if isinstance(where, slice):
             where = ":".join("" if v is None else str(v) for v in (where.start, where.stop, where.step))
@@ -78,6 +78,11 @@ class Intervention:
             "positions": list(where) if isinstance(where, tuple) else where,
             **change.describe(),
         }
+
+
+def _kept(sites: Any) -> Any:
+    """Sites that can be gone through more than once."""
+    return sites if sites is None or isinstance(sites, str | Site) else tuple(sites)
 
 
 def add(sites: Any, vector: Any, *, strength: float = 1.0, positions: Positions = None) -> Intervention:
@@ -95,7 +100,9 @@ def add(sites: Any, vector: Any, *, strength: float = 1.0, positions: Positions 
     Example:
         ``with intervene(model, add("8.resid_post", vector, strength=4, positions="each")): ...``
     """
-    return Intervention(sites, Add(vector_of(vector, "the vector"), number(strength, "strength")), parse(positions))
+    where = parse(positions)
+    change = Add(value_of(vector, "the vector", where), number(strength, "strength"))
+    return Intervention(_kept(sites), change, where)
 
 
 def replace(sites: Any, value: Any, *, positions: Positions = None) -> Intervention:
@@ -104,7 +111,8 @@ def replace(sites: Any, value: Any, *, positions: Positions = None) -> Intervent
     Raises:
         InputError: an argument cannot be used.
     """
-    return Intervention(sites, Replace(vector_of(value, "the value")), parse(positions))
+    where = parse(positions)
+    return Intervention(_kept(sites), Replace(value_of(value, "the value", where)), where)
 
 
 def scale(sites: Any, factor: float, *, positions: Positions = None) -> Intervention:
@@ -113,7 +121,7 @@ def scale(sites: Any, factor: float, *, positions: Positions = None) -> Interven
     Raises:
         InputError: an argument cannot be used.
     """
-    return Intervention(sites, Scale(number(factor, "factor")), parse(positions))
+    return Intervention(_kept(sites), Scale(number(factor, "factor")), parse(positions))
 
 
 def project_out(sites: Any, directions: Any, *, positions: Positions = None) -> Intervention:
@@ -127,7 +135,7 @@ def project_out(sites: Any, directions: Any, *, positions: Positions = None) -> 
     Raises:
         InputError: an argument cannot be used.
     """
-    return Intervention(sites, ProjectOut(basis_of(directions)), parse(positions))
+    return Intervention(_kept(sites), ProjectOut(basis_of(directions)), parse(positions))
 
 
 def ablate(sites: Any, to: Any = "zero", *, positions: Positions = None) -> Intervention:
@@ -143,10 +151,10 @@ def ablate(sites: Any, to: Any = "zero", *, positions: Positions = None) -> Inte
         InputError: an argument cannot be used.
     """
     if isinstance(to, Activations):
-        return Intervention(sites, {str(s): Replace(to[s].float().mean(0)) for s in to.sites}, parse(positions))
+        return Intervention(_kept(sites), {str(s): Replace(to[s].float().mean(0)) for s in to.sites}, parse(positions))
     if to != "zero":
         raise InputError(f"ablate(to={to!r}): give 'zero', or activations of other prompts (logitlab.capture)")
-    return Intervention(sites, Scale(0.0), parse(positions))
+    return Intervention(_kept(sites), Scale(0.0), parse(positions))
 
 
 def resample(sites: Any, others: Activations, *, seed: int = 0, positions: Positions = None) -> Intervention:
@@ -163,7 +171,7 @@ def resample(sites: Any, others: Activations, *, seed: int = 0, positions: Posit
     """
     if whole_number(seed, "seed") < 0 or seed >= 2**30:
         raise InputError(f"seed is {seed}; it must be at least 0 and below 2**30")
-    return Intervention(sites, {str(s): Resample(others[s], seed) for s in others.sites}, parse(positions))
+    return Intervention(_kept(sites), {str(s): Resample(others[s], seed) for s in others.sites}, parse(positions))
 
 
 def swap(sites: Any, one: Any, other: Any, *, positions: Positions = None) -> Intervention:
@@ -177,7 +185,7 @@ def swap(sites: Any, one: Any, other: Any, *, positions: Positions = None) -> In
         raise InputError(f"the directions have width {a.shape[-1]} and {b.shape[-1]}: they must be alike")
     if float(torch.linalg.svdvals(torch.stack([a, b]).double())[-1]) < 1e-6:
         raise InputError("both directions are the same: there is nothing to swap")
-    return Intervention(sites, Swap(a, b), parse(positions))
+    return Intervention(_kept(sites), Swap(a, b), parse(positions))
 
 
 def clamp(
@@ -191,4 +199,4 @@ def clamp(
         InputError: there is no bound, or they are out of order.
     """
     numbers_in_order(low, high)
-    return Intervention(sites, Clamp(direction_of(direction, "the direction"), low, high), parse(positions))
+    return Intervention(_kept(sites), Clamp(direction_of(direction, "the direction"), low, high), parse(positions))

@@ -19,6 +19,7 @@ from logitlab.errors import InputError, ModelError, VerificationError
 from logitlab.models.decompose import BlockParts, decompose
 from logitlab.models.encoder import Encoder
 from logitlab.models.inputs import Encoded
+from logitlab.models.interfere import suspended
 from logitlab.models.output import Output, Space, configs_of, output_of, space_of
 from logitlab.models.sites import INDEXED_KINDS, Site, SiteSpec, normalise_request, select_layers
 from logitlab.models.stack import Found, Stack, find_stacks
@@ -118,7 +119,7 @@ class Model:
 
     @cached_property
     def _taken_apart(self) -> tuple[tuple[BlockParts, ...], Judgement]:
-        with self.exclusive():
+        with self.exclusive(), suspended():
             try:
                 parts = decompose(self.module, self.stack, self.template)
             except NotImplementedError as error:  # a quantised weight can do little beside its own forward pass

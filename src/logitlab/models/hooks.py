@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -76,21 +78,7 @@ class Taps:
 
     def around(self, module: nn.Module, fn: Callable[..., Any]) -> None:
         """Let ``fn(forward, *args, **kwargs)`` run a module's own ``forward``; its hooks stay outside of that."""
-        own = module.__dict__
-        had, old = "forward" in own, module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return fn(old, *args, **kwargs)
-
-        own["forward"] = forward
-
-        def undo() -> None:
-            if had:
-                own["forward"] = old
-            else:
-                own.pop("forward", None)
-
-        self._undo.append(undo)
+        self._undo.append(wrapped(module, "forward", fn))
 
     def replace(self, module: nn.Module, fn: Callable[..., Any]) -> None:
         """Answer every call of ``module`` with ``fn(*args, **kwargs)`` instead of running it."""
@@ -109,6 +97,38 @@ class Taps:
                     own.pop(name, None)
 
             self._undo.append(undo)
+
+
+_WRAPPING = threading.Lock()
+
+
+class _Wrapper:
+    """What stands in the place of a module's function. It can be taken away while others stand on top of it."""
+
+    def __init__(self, fn: Callable[..., Any], old: Callable[..., Any], had: bool) -> None:
+        self.fn, self.old, self.had, self.on = fn, old, had, True
+        functools.update_wrapper(self, old, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(self.old, *args, **kwargs) if self.on else self.old(*args, **kwargs)
+
+
+def wrapped(module: nn.Module, name: str, fn: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``fn(old, *args, **kwargs)`` answer for a module's function ``old``; gives what ends that, in any order."""
+    own = module.__dict__
+    with _WRAPPING:
+        mine = own[name] = _Wrapper(fn, getattr(module, name), name in own)
+
+    def undo() -> None:
+        with _WRAPPING:
+            mine.on = False
+            while isinstance(top := own.get(name), _Wrapper) and not top.on:
+                if top.had:
+                    own[name] = top.old
+                else:
+                    del own[name]
+
+    return undo
 
 
 def collect(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -17,20 +17,33 @@ _ACTIVE: ContextVar[tuple[tuple[int, Any, tuple[dict[str, Any], ...]], ...]] = C
 
 @contextmanager
 def interfering(module: nn.Module, work: Any, described: list[dict[str, Any]]) -> Generator[None]:
-    """Say that ``work`` changes what ``module`` does, for the length of a ``with`` block."""
-    before = _ACTIVE.get()
-    _ACTIVE.set((*before, (id(module), work, tuple(described))))
+    """Say that ``work`` changes what ``module`` does, for the length of a ``with`` block.
+
+    ``work.on`` becomes False at its end, wherever that is.
+    """
+    _ACTIVE.set((*_ACTIVE.get(), (id(module), work, tuple(described))))
     try:
         yield
     finally:
-        _ACTIVE.set(tuple(entry for entry in _ACTIVE.get() if entry[1] is not work))
+        work.on = False
+        _ACTIVE.set(tuple(entry for entry in _ACTIVE.get() if entry[1].on))
+
+
+@contextmanager
+def suspended() -> Generator[None]:
+    """Examine models as they are, whatever is being done to them in this context."""
+    token = _ACTIVE.set(())
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 def active(module: nn.Module) -> list[Any]:
     """What changes a module's passes here and now."""
-    return [work for owner, work, _ in _ACTIVE.get() if owner == id(module)]
+    return [work for owner, work, _ in _ACTIVE.get() if owner == id(module) and work.on]
 
 
 def described(module: nn.Module) -> list[dict[str, Any]]:
     """The same as plain values."""
-    return [d for owner, _, some in _ACTIVE.get() if owner == id(module) for d in some]
+    return [d for owner, work, some in _ACTIVE.get() if owner == id(module) and work.on for d in some]

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from logitlab.errors import InputError
 from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
 from logitlab.models.hooks import Taps, first_tensor, hidden_input, with_hidden
+from logitlab.models.interfere import active
 
 Key = tuple[int, str]
 """A layer and a kind of site."""
@@ -42,8 +44,14 @@ def watch(
         edit: whether what ``keep`` returns takes the value's place, in any number of passes. At heads and neurons it is
             then given what the projection gives as well, ``keep(key, output, scale, given)``, and that is exchanged.
     """
+    changed = {key for work in active(model.module) for key in work.changes} if not edit else set[Key]()
     wanted: dict[int, list[str]] = defaultdict(list)
     for layer, kind in keys:
+        if kind in ("head_out", "neuron") and (layer, kind) in changed:
+            raise InputError(
+                f"{kind} of layer {layer} is being changed, and what is read there would be what it was before: read "
+                "attn_out or mlp_out, which have the change in them"
+            )
         wanted[layer].append(kind)
     layers_of: dict[int, list[int]] = defaultdict(list)
     for layer, block in enumerate(model.stack.blocks):
@@ -75,13 +83,17 @@ def _attach_block(
     module = model.stack.blocks[layers[0]].module
     layer_of = {model.stack.blocks[layer].call: layer for layer in layers}
     here = _Here()
+    alone = len(layers) == 1 and model.stack.blocks[layers[0]].call == 0
 
     def begin(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         here.calls = 0
 
     def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        here.layer = layer_of.get(here.calls, OTHER)  # a module may also be called outside of the stack
-        here.calls += 1
+        if not (edit and alone):
+            here.layer = layer_of.get(here.calls, OTHER)  # a module may also be called outside of the stack
+            here.calls += 1
+        else:  # in any number of passes, whoever begins them
+            here.layer = layers[0]
         if "resid_pre" in wanted.get(here.layer, ()):
             given = hidden_input(args, kwargs)
             return _exchanged_input(args, kwargs, given, keep((here.layer, "resid_pre"), given))
@@ -95,7 +107,7 @@ def _attach_block(
     if edit:
         taps.before(model.module, begin)
     taps.before(module, enter)
-    for kind in {kind for layer in layers for kind in wanted.get(layer, [])}:
+    for kind in dict.fromkeys(kind for layer in layers for kind in wanted.get(layer, [])):
         for part, takers in _modules(model, layers, kind).items():
             projected = kind in ("head_out", "neuron")
             hook = _both_hook if projected and edit else _input_hook if projected else _output_hook
