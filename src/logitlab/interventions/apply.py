@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from logitlab.models.decompose import Projection
 from logitlab.models.handle import Model
 from logitlab.models.hooks import Taps, wrapped
 from logitlab.models.interfere import active, interfering
+from logitlab.models.template import forward_parameters
 from logitlab.models.watch import Key, projection_of, watch
 
 
@@ -142,7 +142,7 @@ class _Work:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._active:
             return
-        names = list(_parameters(module))
+        names = [name for name in forward_parameters(module) if name != "self"] if args else []
         self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         self._past = _length(self._inputs)  # now: the first layer lengthens the cache
         self._tokens_now = None
@@ -267,17 +267,6 @@ def _length(inputs: dict[str, Any]) -> int | None:
         return int(cache.get_seq_length())
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         return None
-
-
-@functools.lru_cache(maxsize=64)
-def _names(kind: type) -> tuple[str, ...]:
-    import inspect
-
-    return tuple(name for name in inspect.signature(kind.forward).parameters if name != "self")
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    return _names(type(module))
 
 
 def _rows(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:

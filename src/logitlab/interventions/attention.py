@@ -92,7 +92,7 @@ class Cutter:
         active: whether this context's passes are meant.
 
     Raises:
-        InputError: a layer or head does not exist, or a layer has no attention.
+        InputError: a layer does not exist.
     """
 
     def __init__(
@@ -131,10 +131,10 @@ class Cutter:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not self.active():
                 return forward(*args, **kwargs)
-            mode.seen = False
+            mode.begin()
             with mode:
                 output = forward(*args, **kwargs)
-            if not mode.has_seen:
+            if not mode.seen:
                 raise ModelError(
                     f"layer {mode.layer} of {self.model.name} has no attention that could be cut: none that PyTorch's "
                     "own functions compute (load the model with attn_implementation='eager')"
@@ -188,10 +188,9 @@ class _Scores(TorchFunctionMode):
         self.cutter, self.layer = cutter, layer
         self.seen = False
 
-    @property
-    def has_seen(self) -> bool:
-        """Whether the attention of this pass has been seen."""
-        return self.seen
+    def begin(self) -> None:
+        """A call of the block begins: its attention has not been seen yet."""
+        self.seen = False
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -110,8 +110,10 @@ def _attach_block(
     for kind in dict.fromkeys(kind for layer in layers for kind in wanted.get(layer, [])):
         for part, takers in _modules(model, layers, kind).items():
             projected = kind in ("head_out", "neuron")
-            hook = _both_hook if projected and edit else _input_hook if projected else _output_hook
-            (taps.before if hook is _input_hook else taps.after)(part, hook(kind, takers, here, wanted, keep))
+            if projected and not edit:
+                taps.before(part, _input_hook(kind, takers, here, wanted, keep))
+            else:
+                taps.after(part, _output_hook(kind, takers, here, wanted, keep, both=projected))
     taps.after(module, leave)
 
 
@@ -149,11 +151,16 @@ def _output_hook(
     here: _Here,
     wanted: dict[int, list[str]],
     keep: Callable[..., torch.Tensor | None],
+    *,
+    both: bool,
 ) -> Any:
+    """A hook that keeps what a module gives; ``both``: with what it was given."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layer = here.layer
         if layer in scales and kind in wanted[layer]:
-            return _exchanged(output, keep((layer, kind), first_tensor(output), scales[layer]))
+            given = (hidden_input(args, kwargs),) if both else ()
+            return _exchanged(output, keep((layer, kind), first_tensor(output), scales[layer], *given))
         return None
 
     return hook
@@ -170,22 +177,5 @@ def _input_hook(
         layer = here.layer
         if layer in scales and kind in wanted[layer]:
             keep((layer, kind), hidden_input(args, kwargs))
-
-    return hook
-
-
-def _both_hook(
-    kind: str,
-    scales: dict[int, float],
-    here: _Here,
-    wanted: dict[int, list[str]],
-    keep: Callable[..., torch.Tensor | None],
-) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layer = here.layer
-        if layer in scales and kind in wanted[layer]:
-            given = hidden_input(args, kwargs)
-            return _exchanged(output, keep((layer, kind), first_tensor(output), scales[layer], given))
-        return None
 
     return hook
