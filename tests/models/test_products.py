@@ -49,6 +49,17 @@ def test_layers_whose_weight_lies_the_other_way() -> None:
 
 
 @has
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_layer_gives(bias: bool) -> None:
+    layer = torch.nn.Linear(12, 5, bias=bias)
+    x = torch.randn(2, 7, 12)
+    with torch.no_grad(), QuickGradients(forward=True):
+        found, half = layer(x), torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16())
+    torch.testing.assert_close(found, layer(x).detach(), atol=1e-6, rtol=1e-6)
+    assert half.dtype == torch.bfloat16
+
+
+@has
 def test_what_it_leaves_alone() -> None:
     x = torch.randn(7, 12)
     asking = torch.nn.Linear(12, 5)

@@ -14,6 +14,7 @@ from logitlab.logits.divergence import divergence
 from logitlab.models.capture import capture_encoded, checked_states, rows_at
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded
+from logitlab.models.products import QuickGradients
 from logitlab.models.tail import shape_of
 
 ROWS = 4096
@@ -111,9 +112,10 @@ class TokenLoss(Loss):
         together = max(1, PASS // self.length)
         for first in range(0, len(prompts), together):
             some = slice(first, first + together)
-            found = capture_encoded(
-                self.model, prompts[some], [*self.sites, last], positions[some], self.length, share=False
-            )
+            with QuickGradients(forward=True):
+                found = capture_encoded(
+                    self.model, prompts[some], [*self.sites, last], positions[some], self.length, share=False
+                )
             final = found.kept[last.layer, last.kind]
             for start in range(0, len(final), many):
                 rows = slice(start, min(start + many, len(final)))

@@ -29,7 +29,16 @@ def onednn() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
 
 
 class QuickGradients(TorchFunctionMode):
-    """While it is active, linear layers with fixed weights give gradients by their input with oneDNN's product."""
+    """While it is active, linear layers with fixed weights give gradients by their input with oneDNN's product.
+
+    Args:
+        forward: whether they use it for what they give as well, where no gradient is asked for. The last bits are then
+            not those of the model's own code: for fitting, which rounds more than that, not for reading.
+    """
+
+    def __init__(self, *, forward: bool = False) -> None:
+        super().__init__()
+        self.forward = forward
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -37,7 +46,12 @@ class QuickGradients(TorchFunctionMode):
         """See `TorchFunctionMode`."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and onednn() is not None:
-            x, weight, bias = (*args, None)[:3] if len(args) > 1 else (None, None, None)
+            given: Any = (*args, None)[:3] if len(args) > 1 else (None, None, None)
+            x, weight, bias = given
+            if self.forward and not kwargs and not torch.is_grad_enabled() and _plain(x, weight, bias):
+                multiply = onednn()
+                assert multiply is not None
+                return multiply(x, weight) if bias is None else multiply(x, weight) + bias
             if not kwargs and _suits(x, weight, bias):
                 return _Linear.apply(x, weight, bias)
         elif func is torch.addmm and onednn() is not None and len(args) == 3 and not kwargs:
@@ -48,13 +62,19 @@ class QuickGradients(TorchFunctionMode):
 
 
 def _suits(x: Any, weight: Any, bias: Any) -> bool:
-    if torch.is_autocast_enabled("cpu") or (bias is not None and (bias.requires_grad or bias.ndim != 1)):
+    """Whether the weights are fixed and the input asks for a gradient."""
+    if not _plain(x, weight, bias) or (bias is not None and bias.requires_grad):
+        return False
+    return x.requires_grad and not weight.requires_grad
+
+
+def _plain(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether these are plain float32 numbers of a processor."""
+    if torch.is_autocast_enabled("cpu") or (bias is not None and bias.ndim != 1):
         return False
     return (
         isinstance(x, torch.Tensor)
         and isinstance(weight, torch.Tensor)
-        and x.requires_grad
-        and not weight.requires_grad
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
