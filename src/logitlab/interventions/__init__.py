@@ -14,18 +14,23 @@ from logitlab.interventions.intervention import (
     swap,
 )
 from logitlab.interventions.patching import Patching, patch
+from logitlab.interventions.paths import Paths, patch_paths
+from logitlab.interventions.vectors import Vectors
 
 __all__ = [
     "Cut",
     "Intervention",
     "Patching",
+    "Paths",
     "Steering",
+    "Vectors",
     "ablate",
     "add",
     "clamp",
     "cut",
     "intervene",
     "patch",
+    "patch_paths",
     "project_out",
     "replace",
     "resample",

@@ -209,7 +209,7 @@ class _Work:
         rows = rows.clone()
         now: dict[int, torch.Tensor] = {}  # what heads and neurons that have been changed already write
         for index, change, item in self.changes[key]:
-            slots = chosen(item.positions, tokens).reshape(-1)
+            slots = self._slots(item, tokens).reshape(-1)
             (which,) = (slots >= 0).nonzero(as_tuple=True)
             if not len(which):
                 continue
@@ -226,6 +226,21 @@ class _Work:
                 assert part is not None
                 rows[which] += _divided(moved, part.scale).to(rows.dtype)
         return layout.state(rows, value.shape) if resid else rows.reshape(value.shape)
+
+    @staticmethod
+    def _slots(item: Intervention, tokens: Tokens) -> torch.Tensor:
+        """`chosen`, in the sequences that an intervention names."""
+        if item.sequences is None:
+            return chosen(item.positions, tokens)
+        batch, some = len(tokens.number), list(item.sequences)
+        if max(some) >= batch:
+            raise InputError(
+                f"sequence {max(some)} is beyond the batch, which has {batch}: only() is for batches that a module or "
+                "generate() is called with"
+            )
+        slots = torch.full_like(tokens.number, -1)
+        slots[some] = chosen(item.positions, Tokens(tokens.number[some], tokens.prompt[some], tokens.every[some]))
+        return slots
 
     def _batch(self, value: torch.Tensor) -> int:
         """How many sequences there are."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from logitlab.interventions.changes import (
     value_of,
 )
 from logitlab.interventions.positions import Positions, parse
+from logitlab.interventions.vectors import Vectors
 from logitlab.models.capture import Activations
 from logitlab.models.handle import Model
 from logitlab.models.inputs import whole_number
@@ -41,23 +43,53 @@ class Intervention:
         sites: which sites, in any form that `logitlab.read` takes.
         change: what is done there; or for each site something else, by its full name.
         positions: at which tokens, see `logitlab.interventions.positions.parse`.
+        sequences: in which sequences of a batch, by number; None for all.
+        vectors: what its numbers are from, which knows for which model they are.
     """
 
     sites: Any
     change: Change | Mapping[str, Change]
     positions: str | slice | tuple[int, ...]
+    sequences: tuple[int, ...] | None = None
+    vectors: Vectors | None = None
+
+    def only(self, sequences: int | Iterable[int]) -> Intervention:
+        """The same in some sequences of a batch alone, so that one pass can try several things.
+
+        It is meant for calls of the module and of Transformers' ``generate`` on a batch. Prompts that `logitlab.read`
+        and `logitlab.capture` are given go through the model one by one, so there each of them is sequence 0.
+
+        Args:
+            sequences: their numbers in the batch.
+
+        Raises:
+            InputError: no number is given, or it is negative. In the block: a number is beyond the batch.
+
+        Example:
+            ``intervene(model, add("8.resid_post", v).only(0), add("8.resid_post", v, strength=4).only(1))``
+        """
+        many: list[Any] = list(sequences) if isinstance(sequences, Iterable) else [sequences]
+        found = tuple(whole_number(n, "sequence") for n in many)
+        if not found or min(found) < 0:
+            raise InputError(f"sequences are {list(found)}; give their numbers in the batch, from 0")
+        return dataclasses.replace(self, sequences=found)
 
     def at(self, model: Model) -> list[tuple[Site, Change]]:
         """The sites of a model, each with its change.
 
         Raises:
-            InputError: a site does not exist or was not verified on this model, or a change is for another width.
+            InputError: a site does not exist or was not verified on this model, a change is for another width, or the
+                vectors belong to another model.
         """
+        if self.vectors is not None:
+            self.vectors.check(model)
         found: list[tuple[Site, Change]] = []
         for site in model.select_sites(self.sites):
             change = self.change.get(str(site)) if isinstance(self.change, Mapping) else self.change
             if change is None:
                 assert isinstance(self.change, Mapping)
+                if self.vectors is not None:
+                    _ = self.vectors[site]  # says what there is
                 raise InputError(f"nothing is given for {site}; there is something for {', '.join(self.change)}")
             if change.width not in (None, model.width):
                 raise InputError(
@@ -76,7 +108,9 @@ class Intervention:
         return {
             "sites": str(sites) if isinstance(sites, Site) else sites,
             "positions": list(where) if isinstance(where, tuple) else where,
+            **({} if self.sequences is None else {"sequences": list(self.sequences)}),
             **change.describe(),
+            **({} if self.vectors is None else self.vectors.describe()),
         }
 
 
@@ -90,7 +124,8 @@ def add(sites: Any, vector: Any, *, strength: float = 1.0, positions: Positions 
 
     Args:
         sites: for instance ``"12.resid_post"``, see `logitlab.models.sites`.
-        vector: [width]; or [n, width], one for each of ``n`` named positions.
+        vector: [width]; or [n, width], one for each of ``n`` named positions; or `Vectors`, of which each site gets its
+            own.
         strength: what it is multiplied with.
         positions: at which tokens, see `logitlab.interventions.positions.parse`; by default all.
 
@@ -100,9 +135,11 @@ def add(sites: Any, vector: Any, *, strength: float = 1.0, positions: Positions 
     Example:
         ``with intervene(model, add("8.resid_post", vector, strength=4, positions="each")): ...``
     """
-    where = parse(positions)
-    change = Add(value_of(vector, "the vector", where), number(strength, "strength"))
-    return Intervention(_kept(sites), change, where)
+    where, much = parse(positions), number(strength, "strength")
+    if isinstance(vector, Vectors):
+        each = {site: Add(value, much) for site, value in vector.values.items()}
+        return Intervention(_kept(sites), each, where, vectors=vector)
+    return Intervention(_kept(sites), Add(value_of(vector, "the vector", where), much), where)
 
 
 def replace(sites: Any, value: Any, *, positions: Positions = None) -> Intervention:

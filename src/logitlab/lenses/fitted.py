@@ -112,7 +112,7 @@ class FittedLens:
             return hidden
         if next(self.maps.parameters()).device != hidden.device:
             self.maps.to(hidden.device)
-        with torch.no_grad():
+        with torch.set_grad_enabled(hidden.requires_grad and torch.is_grad_enabled()):  # as in the model's tail
             return self.maps.one(hidden, index)
 
     def describe(self) -> dict[str, Any]:
@@ -206,18 +206,6 @@ class FittedLens:
         return FittedLens(self.maps, self.sites, free, self.recipe, self.corpus, self.metrics)
 
 
-def about(model: Model) -> dict[str, Any]:
-    """What a lens remembers of the model that it is for."""
-    return {
-        "name": model.name,
-        "fingerprint": model.fingerprint,
-        "stack": model.stack.name,
-        "width": model.width,
-        "layers": model.n_layers,
-        "architecture": type(model.module).__name__,
-    }
-
-
 def unembedding_digest(model: Model) -> str | None:
     """What tuned-lens knows a model's unembedding by; None where the model has no linear head.
 
@@ -248,7 +236,7 @@ def identity(model: Model, kind: str, sites: Any = None, **options: int) -> Fitt
     chosen = list(dict.fromkeys(_home(s) for s in model.select_sites(sites) if s != model.last_site))
     if not chosen:
         raise InputError(f"only {model.last_site} is selected, which the model itself decodes: name an earlier site")
-    return FittedLens(maps_of(kind, len(chosen), model.width, **options), chosen, about(model))
+    return FittedLens(maps_of(kind, len(chosen), model.width, **options), chosen, model.about)
 
 
 def check_folder(place: str | Path, state: str) -> Path:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from logitlab.errors import InputError, ModelError
 from logitlab.files import write_atomically, write_text
-from logitlab.lenses.fitted import FittedLens, about, check_folder, identity, read_record
+from logitlab.lenses.fitted import FittedLens, check_folder, identity, read_record
 from logitlab.lenses.group import Group, joined
 from logitlab.lenses.maps import Linear
 from logitlab.models.capture import by_tokens
@@ -95,7 +95,7 @@ class Jacobians:
         maps = Linear(len(self.sites), self.total.shape[-1])
         maps.load_state_dict({"weight": (self.total / self.prompts).float()})
         recipe = {"kind": "jacobian", "prompts": self.prompts, "positions": self.positions, "skipped": self.skipped}
-        return FittedLens(maps, self.sites, about(model), recipe | record)
+        return FittedLens(maps, self.sites, model.about, recipe | record)
 
 
 def fit_jacobian(
@@ -307,7 +307,7 @@ def _key(model: Model, prompts: Iterable[Encoded], sites: Sequence[Site], skip_f
             )
             found.update(f"{name} {value if not data else tuple(value.shape)}".encode() + data)
     names = [str(s) for s in sites]
-    return {"model": about(model), "prompts": found.hexdigest(), "sites": names, "skip_first": skip_first}
+    return {"model": model.about, "prompts": found.hexdigest(), "sites": names, "skip_first": skip_first}
 
 
 def _keep(folder: Path, key: dict[str, Any], sums: Jacobians, done: int) -> None:

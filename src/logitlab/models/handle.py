@@ -216,6 +216,18 @@ class Model:
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is kept of the model in files that belong to it (lenses, vectors, studies): plain values."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "stack": self.stack.name,
+            "width": self.width,
+            "layers": self.n_layers,
+            "architecture": type(self.module).__name__,
+        }
+
     def stacks_described(self) -> list[str]:
         """The layer stacks in words, the one that is read marked."""
         return [
