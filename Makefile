@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow real lint format docs bench lenses coverage coverage-slice check clean
+.PHONY: help setup demo test slow real lint format docs bench lenses studies studies-smoke coverage coverage-slice check clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,14 @@ bench: $(VENV)/.dev ## measure speed and memory, beside peers too, and write doc
 lenses: $(VENV)/.dev ## fit every kind of lens on the default model, and write docs/fitted.md (about an hour)
 	$(BIN)/python tools/fit_lenses.py
 
+studies: $(VENV)/.dev ## run every study on the default model, and write its page (under an hour)
+	$(BIN)/logitlab study run steerable-not-decodable --scale small --out .studies/steerable-not-decodable
+	$(BIN)/python tools/study_page.py .studies/steerable-not-decodable --tables summary constructed heads
+
+studies-smoke: $(VENV)/.dev ## run every study at its smallest scale (under two minutes)
+	rm -rf .studies/smoke
+	$(BIN)/logitlab study run steerable-not-decodable --scale smoke --out .studies/smoke
+
 coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has, and write docs/coverage.md
 	$(BIN)/logitlab verify --all
 
@@ -66,4 +74,4 @@ coverage-slice: $(VENV)/.dev ## verify a few types of each task; fails if one go
 check: lint test docs ## everything that CI runs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .bench .lenses demo site build dist
+	rm -rf $(VENV) .bench .lenses .studies demo site build dist

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from logitlab.generation import Step as Step
     from logitlab.generation import generate as generate
     from logitlab.interventions import Intervention as Intervention
+    from logitlab.interventions import Vectors as Vectors
     from logitlab.interventions import intervene as intervene
     from logitlab.lenses import ConceptLens as ConceptLens
     from logitlab.lenses import FittedLens as FittedLens
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from logitlab.models.load import load as load
     from logitlab.models.sites import Site as Site
     from logitlab.models.verify import Verification as Verification
+    from logitlab.probes.curve import probe as probe
+    from logitlab.probes.report import ProbeReport as ProbeReport
     from logitlab.reader import decode as decode
     from logitlab.reader import read as read
     from logitlab.reading import Reading as Reading
@@ -58,11 +61,13 @@ _HOME = {
     "ModelError": "errors",
     "OutOfMemoryError": "errors",
     "PatchscopeLens": "lenses",
+    "ProbeReport": "probes.report",
     "Reading": "reading",
     "Site": "models.sites",
     "Statistics": "logits",
     "Step": "generation",
     "SweepReport": "sweeps",
+    "Vectors": "interventions",
     "Verification": "models.verify",
     "VerificationError": "errors",
     "capture": "models.capture",
@@ -74,6 +79,7 @@ _HOME = {
     "intervene": "interventions",
     "load": "models.load",
     "load_lens": "lenses",
+    "probe": "probes.curve",
     "read": "reader",
     "sweep": "sweeps",
     "wrap": "models.handle",
@@ -93,11 +99,13 @@ __all__ = [
     "ModelError",
     "OutOfMemoryError",
     "PatchscopeLens",
+    "ProbeReport",
     "Reading",
     "Site",
     "Statistics",
     "Step",
     "SweepReport",
+    "Vectors",
     "Verification",
     "VerificationError",
     "capture",
@@ -109,6 +117,7 @@ __all__ = [
     "intervene",
     "load",
     "load_lens",
+    "probe",
     "read",
     "sweep",
     "wrap",
