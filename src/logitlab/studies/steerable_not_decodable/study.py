@@ -152,7 +152,7 @@ CLAIMS = (
         name="probe-reads-some",
         statement="A nonlinear probe reads some of the cells that no lens reads.",
         paper="closes 5 of 10 (abstract)",
-        test="share that the MLP probe reads, with selectivity, of the steerable tasks that neither lens reads and whose "
+        test="share that the MLP probe reads, with selectivity, of steerable tasks that neither lens reads and whose "
         "held-out labels mostly occur in its training part; at least 3 such tasks",
         threshold=0.0,
         measure=_later("claims", "probe_reads_some"),
