@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="*", default=[])
     options = parser.parse_args()
     manifest: dict[str, Any] = json.loads((options.folder / "manifest.json").read_text())
-    study = find(manifest["study"]).load()
+    study = find(manifest["study"])
     images = DOCS / "images" / "studies"
     images.mkdir(parents=True, exist_ok=True)
     model = manifest["model"]

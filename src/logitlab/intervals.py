@@ -29,6 +29,31 @@ class Mean(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def proportion(successes: int, n: int) -> Mean:
+    """A share with its exact interval (Clopper and Pearson 1934), which has a width also where all or none are.
+
+    Args:
+        successes: how many.
+        n: of how many, each by itself.
+
+    Raises:
+        InputError: there are more successes than units.
+
+    Example:
+        ``proportion(3, 3).low`` is 0.292: three of three are no proof of all.
+    """
+    if not 0 <= successes <= n:
+        raise InputError(f"there are {successes} successes of {n}: give at most as many")
+    if n == 0:
+        return Mean(float("nan"), float("nan"), float("nan"), 0)
+    try:
+        from scipy.stats import binomtest
+    except ImportError as error:
+        raise InputError("an exact interval needs SciPy: pip install 'logitlab[probes]'") from error
+    found = binomtest(successes, n).proportion_ci(method="exact")
+    return Mean(successes / n, float(found.low), float(found.high), n)
+
+
 def bootstrap(values: ArrayLike, *, groups: ArrayLike | None = None, resamples: int = 2000, seed: int = 0) -> Mean:
     """The mean of some numbers, with the percentile bootstrap's interval (Efron 1979).
 

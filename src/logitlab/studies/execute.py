@@ -281,7 +281,9 @@ def _record(study: Study, parameters: Parameters, scale: str, seed: int, model: 
         "scale": scale,
         "seed": seed,
         "parameters": {name: {"value": value, "paper": paper[name]} for name, value in parameters.items()},
-        "differs": [name for name, value in parameters.items() if value != paper[name]],
+        "differs": [
+            name for name, value in parameters.items() if value != paper[name] and not study.parameters[name].ours
+        ],
         "model": None if model is None else _about(model),
         "state": "running",
         "started": _now(),

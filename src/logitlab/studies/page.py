@@ -17,7 +17,7 @@ import numpy as np
 
 from logitlab.files import write_text
 from logitlab.studies.folder import REPORT, RunFolder
-from logitlab.studies.study import Study
+from logitlab.studies.study import Parameter, Study
 from logitlab.studies.verdict import NOT_REPRODUCED, REPRODUCED, UNTESTABLE, Outcome
 from logitlab.views.tokens import visible
 
@@ -181,13 +181,19 @@ def _parameters(study: Study, record: Mapping[str, Any]) -> str:
         f'<tr class="{"changed" if name in record["differs"] else ""}">'
         + f"<td><code>{prose(name)}</code></td>"
         + _cell("here", f"<code>{_value(json.dumps(values['value'], ensure_ascii=False))}</code>")
-        + _cell("paper", f"<code>{_value(json.dumps(values['paper'], ensure_ascii=False))}</code>")
+        + _cell("paper", _papers(study.parameters.get(name), values["paper"]))
         + _cell("about", prose(study.parameters[name].about) if name in study.parameters else "")
         + "</tr>\n"
         for name, values in record["parameters"].items()
     ]
     note = '<p class="soft">* differs from the paper</p>\n' if record["differs"] else ""
     return f"<h2>Parameters</h2>\n{_table(('parameter', 'here', 'paper', 'about'), rows, 'cards')}{note}"
+
+
+def _papers(parameter: Parameter | None, value: Any) -> str:
+    if parameter is not None and parameter.ours:
+        return "–"
+    return f"<code>{_value(json.dumps(value, ensure_ascii=False))}</code>"
 
 
 def _list(title: str, texts: Iterable[str]) -> str:

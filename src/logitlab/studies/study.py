@@ -149,12 +149,14 @@ class Parameter:
         about: what it is, and where it is from.
         small: used at scale ``small``; by default the paper's.
         smoke: used at scale ``smoke``; by default that of ``small``.
+        ours: whether the paper has nothing of the kind: the value is then nobody's but the study's.
     """
 
     value: Any
     about: str
     small: Any = SAME
     smoke: Any = SAME
+    ours: bool = False
 
     def at(self, scale: Scale) -> Any:
         """The value at a scale, lists as tuples."""

@@ -73,7 +73,7 @@ def described(study: Study) -> RenderableType:
         )
     if study.parameters:
         table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
-        for name in ("parameter", "smoke", "small", "full (paper)", "about"):
+        for name in ("parameter", "smoke", "small", "full", "about"):
             table.add_column(name, overflow="fold")
         for name, parameter in study.parameters.items():
             values = [Text(shown(json.dumps(value, ensure_ascii=False))) for value in parameter.values]

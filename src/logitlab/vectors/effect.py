@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,18 +36,26 @@ class Match:
     """When a text counts as right.
 
     Attributes:
-        begins: whether an answer must begin the text (blanks before it are left out); else it may occur anywhere.
+        begins: whether an answer must begin the text (what is no letter or digit is left out before it); else it may
+            occur anywhere.
         case: whether upper and lower case differ.
+        words: whether letters and digits next to the answer make it another word: "safe" is not in "unsafe" then.
     """
 
     begins: bool = False
     case: bool = False
+    words: bool = False
 
     def __call__(self, text: str, answers: Sequence[str]) -> bool:
         """Whether a text has one of some answers."""
-        said = text.lstrip() if self.begins else text
-        said, wanted = (said, answers) if self.case else (said.casefold(), [a.casefold() for a in answers])
-        return any(said.startswith(a) if self.begins else a in said for a in wanted)
+        said, wanted = (text, answers) if self.case else (text.casefold(), [a.casefold() for a in answers])
+        start, end = (r"(?<!\w)", r"(?!\w)") if self.words else ("", "")
+        for a in wanted:
+            one = f"{start}{re.escape(a)}{end}"
+            found = re.match(rf"[\W_]*?{one}", said) if self.begins else re.search(one, said)
+            if found is not None:
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class Effect:
         chosen: number of the site and of the strength that were best there.
         correct: by what was done (``plain``, ``steered``, ``random``, and ``other`` if another vector was given), which
             of the prompts for testing were answered rightly, [prompts] float64; at the chosen site and strength. With
-            several random vectors it is the share of them.
+            several random vectors it is the share of them. ``permuted`` is what the steered texts score if each is held
+            against the answers of the other prompts, as a mean over these: what saying likely answers is worth.
         nll: by what was done, nats of each neutral text for a token, [texts]; empty where none were given.
         choosing: numbers of the prompts for choosing.
         testing: numbers of those for testing.
@@ -220,18 +230,21 @@ def effect(
     if neutral is not None:  # before much has been computed
         _ = _long_enough(model, neutral)
 
-    def share(trials: Sequence[Sequence[Intervention]], which: Sequence[int], done: int) -> NDArray[np.float64]:
+    def texts_of(trials: Sequence[Sequence[Intervention]], which: Sequence[int], done: int) -> list[list[str]]:
         def tell(now: int, _: int) -> None:
             if progress is not None:
                 progress(done + now, total)
 
-        texts = Trials(model, [asked[n] for n in which], rows=rows).write(trials, new_tokens, progress=tell)
-        return np.array([[judge(text, right[n]) for text, n in zip(one, which, strict=True)] for one in texts], float)
+        return Trials(model, [asked[n] for n in which], rows=rows).write(trials, new_tokens, progress=tell)
+
+    def judged(texts: Sequence[str], which: Sequence[int]) -> NDArray[np.float64]:
+        return np.array([judge(text, right[n]) for text, n in zip(texts, which, strict=True)], float)
 
     grid_trials = [[add(site, vectors[site], strength=s, positions=positions)] for site in sites for s in much]
     controls = 1 + int(other is not None) + randoms + 1
     total = len(grid_trials) * len(first) + controls * len(rest)
-    grid = share(grid_trials, first, 0).mean(1).reshape(len(sites), len(much))
+    tried = texts_of(grid_trials, first, 0)
+    grid = np.array([judged(texts, first).mean() for texts in tried]).reshape(len(sites), len(much))
     best = min(np.ndindex(len(sites), len(much)), key=partial(_order, grid, much))
     site, strength = sites[best[0]], much[best[1]]
     changes = {
@@ -245,7 +258,15 @@ def effect(
     }
     if other is not None:
         changes["other"] = [add(site, others[site], strength=strength, positions=positions)]
-    found = dict(zip(changes, share(list(changes.values()), rest, len(grid_trials) * len(first)), strict=True))
+    written = dict(zip(changes, texts_of(list(changes.values()), rest, len(grid_trials) * len(first)), strict=True))
+    found = {name: judged(texts, rest) for name, texts in written.items()}
+    if len(rest) > 1:
+        found["permuted"] = np.array(
+            [
+                sum(judge(text, right[m]) for m in rest if m != n) / (len(rest) - 1)
+                for n, text in zip(rest, written["steered"], strict=True)
+            ]
+        )
     nll = {} if neutral is None else {k: nats(model, neutral, _everywhere(v)) for k, v in changes.items()}
     about = {
         "model": model.name,

@@ -161,8 +161,8 @@ def first_tokens(model: Model, joint: str, answers: Sequence[str]) -> list[int]:
     for answer in answers:
         for text in dict.fromkeys((f"{joint}{answer}", answer)):
             ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-            space = model.tokenizer(joint, add_special_tokens=False)["input_ids"] if text != answer else []
-            first = ids[len(space) :] if space and ids[: len(space)] == space and len(ids) > len(space) else ids
-            if first:
-                found.append(int(first[0]))
+            # Some tokenizers give a blank a token of its own.
+            first = next((int(i) for i in ids if model.vocabulary.label(int(i)).strip()), None)
+            if first is not None:
+                found.append(first)
     return list(dict.fromkeys(found))

@@ -82,9 +82,13 @@ class Split:
     def of(pairs: Sequence[Pair], sizes: Sequence[int], rng: np.random.Generator) -> Split:
         """The pairs in four parts of these sizes; of the last part, as many as are left.
 
+        Pairs that answer each other (hot and cold, cold and hot) are not told apart: only one of the two is used, or an
+        example could show the answer to another part's question.
+
         Raises:
             InputError: there are too few pairs.
         """
+        pairs = _without_reversals(pairs, rng)
         if sum(sizes[:3]) + 2 > len(pairs):
             raise InputError(
                 f"there are {len(pairs)} pairs for parts of {', '.join(map(str, sizes))}: make them smaller"
@@ -95,8 +99,22 @@ class Split:
         return Split(shown, queries, choosing, testing)
 
 
+def _without_reversals(pairs: Sequence[Pair], rng: np.random.Generator) -> list[Pair]:
+    answers = {x.casefold(): {a.casefold() for a in y} for x, y in pairs}
+    kept: dict[str, Pair] = {}
+    for i in rng.permutation(len(pairs)):
+        x, _ = pairs[i]
+        if not any(a in kept and x.casefold() in answers[a] for a in answers[x.casefold()]):
+            kept[x.casefold()] = pairs[i]
+    return [pair for pair in pairs if pair[0].casefold() in kept]
+
+
 def sites_of(model: Model, step: int) -> list[Site]:
-    """The output of every ``step``-th block, counted from the one with that number: of 1, 2, 3, 4, ... 2, 4, ..."""
+    """The output of every ``step``-th block, counted from the one with that number: of 1, 2, 3, 4, ... 2, 4, ...
+
+    A model of few layers is looked at twice at least: the step is half of their number then.
+    """
+    step = max(1, min(step, model.n_layers // 2))
     return [Site(layer - 1, "resid_post") for layer in range(step, model.n_layers + 1, step)]
 
 
@@ -106,8 +124,15 @@ def examples_of(task: Asked, split: Split, template: int, separator: str = "\n")
 
 
 def match_of(task: Asked) -> Match:
-    """When a text is right: where an answer occurs in it."""
-    return Match(case=task.case_sensitive)
+    """When a text is right: an answer occurs in it as a word; one of a single letter has to begin it."""
+    letters = all(len(a) == 1 for _, y in task.pairs for a in y)
+    return Match(begins=letters, case=task.case_sensitive, words=True)
+
+
+def one_token_tells(task: Asked) -> bool:
+    """Whether the first token of an answer says something of the task: not where most begin as their inputs do."""
+    alike = [y[0].split()[0] == x.split()[0] for x, y in task.pairs]
+    return sum(alike) < len(alike) / 2
 
 
 def written(model: Model, task: Asked, prompts: Sequence[str], pairs: Sequence[Pair]) -> NDArray[np.float64]:
@@ -188,7 +213,12 @@ def states_of(
 
 
 def readout(
-    model: Model, states: torch.Tensor, sites: Sequence[Site], pairs: Sequence[Pair], lens: Lens | None = None
+    model: Model,
+    states: torch.Tensor,
+    sites: Sequence[Site],
+    task: Asked,
+    pairs: Sequence[Pair],
+    lens: Lens | None = None,
 ) -> Readout:
     """Decode states [sites, prompts, width], and look for the answers' first tokens.
 
@@ -196,10 +226,11 @@ def readout(
         model: the model.
         states: what `states_of` has kept.
         sites: the sites.
+        task: the task, which says whether capitals count.
         pairs: for each prompt its input and answers.
         lens: through which states go; by default the logit lens.
     """
-    targets = [variants(model, y) for _, y in pairs]
+    targets = [variants(model, task, y) for _, y in pairs]
     wide = max(len(ids) for ids, _ in targets)
     ids = torch.tensor([one + one[:1] * (wide - len(one)) for one, _ in targets])
     with_space = np.array([flags + flags[:1] * (wide - len(flags)) for _, flags in targets])
@@ -215,15 +246,18 @@ def readout(
     return Readout(ranks.min(-1), logprobs.max(-1), spaced)
 
 
-def variants(model: Model, answers: Sequence[str]) -> tuple[list[int], list[bool]]:
+def variants(model: Model, task: Asked, answers: Sequence[str]) -> tuple[list[int], list[bool]]:
     """First tokens of answers, with a space before them and without; and which of them have one.
 
     The paper decodes the variant without a space and takes the other one only where there is none. A model that goes on
-    with " Paris" is then said to be unreadable, so both count here, and which one was better is reported.
+    with " Paris" is then said to be unreadable, so both count here, and which one was better is reported. Where
+    capitals do not count in what is written, they do not count in what is read: "Cold" is as good as "cold".
     """
     ids: list[int] = []
     spaced: list[bool] = []
-    for answer in answers:
+    both = [f for a in answers for f in (a, a[:1].upper() + a[1:])]
+    forms = answers if task.case_sensitive else both
+    for answer in dict.fromkeys(forms):
         for token in first_tokens(model, " ", (answer,)):
             if token not in ids:
                 ids.append(token)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitlab.intervals import bootstrap
+from logitlab.intervals import bootstrap, proportion
 from logitlab.studies.steerable_not_decodable.regression import gain_of_cosine
+from logitlab.studies.steerable_not_decodable.steps import with_difficulty
 from logitlab.studies.study import Finding, Untestable
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from logitlab.studies.run import Run
 
 SAND = "steerable, not decodable"
 REVERSE = "decodable, not steerable"
+CELLS = (SAND, REVERSE, "both succeed", "both fail")
 
 
 FEWEST = 4
@@ -29,56 +29,37 @@ def _enough(tasks: int) -> None:
 
 
 def controls_classified(run: Run) -> Finding:
-    """Share of tasks of constructed models that are in the right cell."""
+    """Number of tasks of constructed models that are in a wrong cell."""
     table = run.table("constructed")
-    right = (table["cell"] == table["expected"]).astype(float)
-    wrong = table[right == 0]
+    wrong = table[table["cell"] != table["expected"]]
     note = "; ".join(f"{r.model} {r.seed}, {r.task}: {r.cell}" for r in wrong.itertuples())
-    return Finding(*bootstrap(right, seed=run.seed), note)
-
-
-def gains(run: Run) -> pd.DataFrame:
-    """For each task, in the template that steers best: what it can do from examples, and what steering gains."""
-    import pandas as pd
-
-    cells, outcomes, able = run.table("steering-cells"), run.table("steering-outcomes"), run.table("abilities")
-    rows: list[dict[str, Any]] = []
-    for name in cells["task"].unique():
-        mine = cells[cells["task"] == name]
-        best = int(mine.loc[mine["best_choosing"].idxmax()]["template"])
-        here = outcomes[(outcomes["task"] == name) & (outcomes["template"] == best)]
-        seen = able[(able["task"] == name) & (able["template"] == best)]
-        row: dict[str, Any] = {"task": name, "template": best}
-        row |= {"few_shot": float(seen["few_shot"].mean()), "bare": float(seen["bare"].mean())}
-        for over in ("plain", "random", *(["other"] if "other" in here else [])):
-            gain = bootstrap(here["steered"].to_numpy() - here[over].to_numpy(), seed=run.seed)
-            row |= {f"over_{over}": gain.value, f"over_{over}_low": gain.low, f"over_{over}_high": gain.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return _count(len(wrong), len(table), note or f"all of {len(table)} are right")
 
 
 def vectors_steer(run: Run) -> Finding:
-    """Number of tasks that the model can do and in which steering beats both controls."""
-    table = gains(run)
-    able = table[table["few_shot"] - table["bare"] >= 0.10]
+    """Number of tasks that the model can do and in which steering beats every control."""
+    table = run.table("summary")
+    able = table[table["few_shot"] - table["bare"] >= run.parameters.gate]
     if len(able) < 3:
         raise Untestable(f"the model can do {len(able)} of {len(table)} tasks from examples; at least 3 are needed")
-    works = able[(able["over_plain_low"] > 0) & (able["over_random_low"] > 0)]
-    count = float(len(works))
-    return Finding(count, count, count, len(able), f"of {len(able)} tasks that it can do: {', '.join(works['task'])}")
+    works = able[able["steers"]]
+    return _count(len(works), len(able), f"of {len(able)} tasks that it can do: {', '.join(works['task'])}")
 
 
 def steerable_not_decodable(run: Run) -> Finding:
     """Number of tasks in the cell."""
     table = run.table("summary")
+    _enough(int(table["cell"].isin(CELLS).sum()))
     found = table[table["cell"] == SAND]
-    count = float(len(found))
-    return Finding(count, count, count, len(table), ", ".join(found["task"]))
+    by_paper = int((table["paper_cell"] == SAND).sum())
+    named = f" ({', '.join(found['task'])})" if len(found) else ""
+    return _count(len(found), len(table), f"of {len(table)} tasks{named}; {by_paper} by the paper's rule")
 
 
 def reverse_is_rare(run: Run) -> Finding:
     """Share of the cell minus share of the reverse one."""
     table = run.table("summary")
+    table = table[table["cell"].isin(CELLS)]
     _enough(len(table))
     lean = (table["cell"] == SAND).astype(float) - (table["cell"] == REVERSE).astype(float)
     note = f"{int((lean > 0).sum())} and {int((lean < 0).sum())} of {len(table)} tasks"
@@ -90,6 +71,8 @@ def steering_exceeds_reading(run: Run) -> Finding:
     from scipy.stats import wilcoxon
 
     cells, read = run.table("steering-cells"), run.table("decodability")
+    known = run.table("summary")
+    cells = cells[cells["task"].isin(known[known["cell"].isin(CELLS)]["task"])]
     _enough(cells["task"].nunique())
     best = read.groupby(["task", "template"])["top10"].max()
     pairs = list(zip(cells["task"], cells["template"], strict=True))
@@ -108,21 +91,22 @@ def tuned_lens_persists(run: Run) -> Finding:
     cell = table[table["cell"] == SAND]
     if len(cell) < 3:
         raise Untestable(f"{len(cell)} tasks are steerable and not decodable; at least 3 are needed")
-    stay = cell["rung"] != "tuned lens"
-    return Finding(*bootstrap(stay.astype(float), seed=run.seed), f"{int(stay.sum())} of {len(cell)} tasks")
+    stay = int((cell["rung"] != "tuned lens").sum())
+    return Finding(*proportion(stay, len(cell)), f"{stay} of {len(cell)} tasks")
 
 
 def probe_reads_some(run: Run) -> Finding:
     """Share of steerable tasks beyond both lenses that the probe reads."""
     table = run.table("summary")
-    beyond = table[table["rung"].isin(["MLP probe", "invisible"])]
+    beyond = table[(table["cell"] == SAND) & table["rung"].isin(["MLP probe", "invisible"])]
+    beyond = beyond[beyond["label_overlap"] >= 0.5]
     if len(beyond) < 3:
         raise Untestable(
             f"{len(beyond)} steerable tasks are beyond both lenses and have labels that a probe can know; at least 3 "
             "are needed"
         )
-    read = beyond["rung"] == "MLP probe"
-    return Finding(*bootstrap(read.astype(float), seed=run.seed), f"{int(read.sum())} of {len(beyond)} tasks")
+    read = int((beyond["rung"] == "MLP probe").sum())
+    return Finding(*proportion(read, len(beyond)), f"{read} of {len(beyond)} tasks")
 
 
 def vectors_incoherent(run: Run) -> Finding:
@@ -130,70 +114,82 @@ def vectors_incoherent(run: Run) -> Finding:
     cells, vectors = run.table("steering-cells"), run.table("vectors")
     high = run.parameters.high
     well = cells[cells["steered"] >= high]
-    if not len(well):
-        raise Untestable(f"no vector steers at least {high:.2f} of the inputs; the best {cells['steered'].max():.2f}")
-    said = vectors.set_index(["task", "template", "site"])["correct_output_fraction"]
-    found = [float(said[r.task, r.template, r.site]) for r in well.itertuples()]
-    note = f"{len(well)} templates of {well['task'].nunique()} tasks; largest {max(found):.2f}"
+    if well["task"].nunique() < FEWEST:
+        raise Untestable(
+            f"vectors of {well['task'].nunique()} tasks steer at least {high:.2f} of the inputs; {FEWEST} are needed"
+        )
+    at = vectors.set_index(["task", "template", "site"])
+    found = [float(at["correct_output_fraction"][r.task, r.template, r.site]) for r in well.itertuples()]
+    chance = [float(at["random_fraction"][r.task, r.template, r.site]) for r in well.itertuples()]
+    note = f"{len(well)} templates of {well['task'].nunique()} tasks; largest {max(found):.2f}; "
+    note += f"random vectors {np.mean(chance):.3f}"
     return Finding(*bootstrap(found, groups=well["task"], seed=run.seed), note)
 
 
 def cosine_says_little(run: Run) -> Finding:
     """Gain of R² by the cosine."""
     table = run.table("transfer")
-    table = table[table["source"] != table["target"]]
+    table = with_difficulty(run, table[table["source"] != table["target"]])
     names = sorted(table["task"].unique())
     _enough(len(names))
     value = gain_of_cosine(table)
     rng = np.random.default_rng(run.seed)
     by_task = {name: table[table["task"] == name] for name in names}
-    drawn: list[float] = []
-    for _ in range(500):
-        drawn.append(gain_of_cosine([by_task[names[i]] for i in rng.integers(len(names), size=len(names))]))
+    drawn = [gain_of_cosine([by_task[names[i]] for i in rng.integers(len(names), size=len(names))]) for _ in range(500)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     tests = run.table("regression")
     p = tests[tests["what"] == "gain by cosine"]["p"].iloc[0]
-    # A gain is never negative, so resamples lie above it where there is nothing to gain.
+    # A gain is never negative, so that resamples lie above it where there is nothing to gain.
     note = f"permutation p = {float(p):.3g}" + ("; the estimate lies outside of its interval" if value < low else "")
     return Finding(value, min(float(low), value), max(float(high), value), len(names), note)
 
 
 def steering_makes_readable(run: Run) -> Finding:
-    """Largest gain of the lens after the vector minus that after a random one."""
-    cells, after = run.table("steering-cells"), run.table("after-steering")
-    best = cells.loc[cells.groupby("task", sort=False)["best_choosing"].idxmax()]
+    """Largest gain of the lens between the vector's site and the last layer, minus that after a random vector."""
+    table, after, cells = run.table("summary"), run.table("after-steering"), run.table("steering-cells")
+    last = int(run.manifest["model"]["layers"])
     found: list[float] = []
-    peaks: dict[str, float] = {}
-    for r in best.itertuples():
-        if not float(str(r.steered)) > run.parameters.threshold:
+    kinds = {"emerged": 0, "partial": 0, "absent": 0, "amplified": 0}
+    first: list[int] = []
+    for r in table[table["steers"]].to_dict("records"):
+        task, template = r["task"], r["template"]
+        at = int(cells[(cells["task"] == task) & (cells["template"] == template)]["layer"].iloc[0])
+        here = after[(after["task"] == task) & (after["template"] == template)]
+        here = here[(here["layer"] > at) & (here["layer"] < last)].sort_values("layer")
+        if not len(here):
             continue
-        here = after[(after["task"] == r.task) & (after["template"] == r.template)]
-        gain = float((here["steered"] - here["plain"]).max())
-        found.append(gain - float((here["random"] - here["plain"]).max()))
-        peaks[str(r.task)] = float(here["steered"].max())
-    if len(found) < 3:
-        raise Untestable(f"{len(found)} tasks are steerable in their best template; at least 3 are needed")
-    kinds = {"emerged": 0, "partial": 0, "absent": 0}
-    for peak in peaks.values():
-        kinds["emerged" if peak >= 0.3 else "partial" if peak >= 0.1 else "absent"] += 1
-    note = (
-        "after steering " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + f"; largest gain {max(found):+.2f}"
-    )
+        found.append(float((here["steered"] - here["plain"]).max()) - float((here["random"] - here["plain"]).max()))
+        peak = float(here["steered"].max())
+        known = r["logit_lens"] > run.parameters.threshold
+        kinds["amplified" if known else "emerged" if peak >= 0.3 else "partial" if peak >= 0.1 else "absent"] += 1
+        first += here[here["steered"] > run.parameters.threshold]["layer"].tolist()[:1]
+    if len(found) < FEWEST:
+        raise Untestable(f"{len(found)} tasks steer below the last two layers that are looked at; {FEWEST} are needed")
+    note = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n) + f"; largest {max(found):+.2f}"
+    if first:
+        note += f"; first read at layers {', '.join(map(str, sorted(first)))} of {last}"
     return Finding(*bootstrap(found, seed=run.seed), note)
 
 
 def patching_recovers(run: Run) -> Finding:
-    """Share of failed transfers that the source's state recovers."""
+    """Share of failed transfers that the source's state recovers, beyond another input's state."""
     table = run.table("patching")
+    table = table[table["layer"] < int(run.manifest["model"]["layers"])]
     if not len(table):
         raise Untestable("no transfer between templates with similar vectors failed while the source steers")
-    best = table.groupby(["task", "source", "target"], sort=False).agg(
-        recovery=("recovery", "max"), iid=("iid", "first")
+    _enough(table["task"].nunique())
+    gain = table["recovery"] - table[["other", "bare"]].max(axis=1)
+    good = table.assign(good=gain >= 0.5 * table["iid"])
+    best = good.groupby(["task", "source", "target"], sort=False).agg(
+        good=("good", "max"), recovery=("recovery", "max")
     )
-    if len(best) < 5:
-        raise Untestable(f"{len(best)} such transfers; at least 5 are needed")
-    good = (best["recovery"] >= 0.5 * best["iid"]).astype(float)
+    tasks = best.index.get_level_values("task")
     return Finding(
-        *bootstrap(good, groups=best.index.get_level_values("task"), seed=run.seed),
-        f"{int(good.sum())} of {len(best)} transfers; mean recovery {best['recovery'].mean():.2f}",
+        *bootstrap(best["good"].astype(float), groups=tasks, seed=run.seed),
+        f"{int(best['good'].sum())} of {len(best)} transfers; mean recovery {best['recovery'].mean():.2f}",
     )
+
+
+def _count(found: int, n: int, note: str) -> Finding:
+    """A number of things, which has no interval."""
+    return Finding(float(found), float(found), float(found), n, f"a count, without an interval; {note}")

@@ -1,4 +1,4 @@
-"""Two models that are trained on the spot, of which is known what the audit has to say of them.
+"""Models that are trained on the spot, of which is known what the audit has to say of them.
 
 Items ``x`` and styles ``s`` have an answer each, ``y(x, s)``. A style is a task.
 
@@ -7,6 +7,7 @@ Items ``x`` and styles ``s`` have an answer each, ``y(x, s)``. A style is a task
   training than all others, so no reading of its state can rank their answers high; while a vector that says the style
   does. That is steerable and not decodable.
 * *stated*: the question says the style: "x03 s017 :". A bare question has one answer, and both must succeed.
+* *untrained*: the same with random weights, where nothing can succeed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from logitlab.studies.steerable_not_decodable import audit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-KINDS = {"hidden": "steerable, not decodable", "stated": "both succeed"}
+KINDS = {"hidden": "steerable, not decodable", "stated": "both succeed", "untrained": "both fail"}
 """The models, and the cells that they belong into."""
 
 ITEMS = 24
@@ -73,7 +74,7 @@ def tasks(kind: str) -> list[ConstructedTask]:
     """The audited styles of a kind of model."""
     found: list[ConstructedTask] = []
     for s in range(AUDITED):
-        said = f" s{s:03}" if kind == "stated" else ""
+        said = "" if kind == "hidden" else f" s{s:03}"
         pairs = tuple((item(x), (answer(x, s),)) for x in range(ITEMS))
         found.append(ConstructedTask(f"style {s}", pairs, tuple(f"{{X}}{said} {mark}" for mark in MARKS)))
     return found
@@ -91,7 +92,7 @@ def texts(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
     answers = first_answer + items * STYLES + styles[:, None]
     columns = [
         first_item + items,
-        *([np.broadcast_to(first_style + styles[:, None], items.shape)] * (kind == "stated")),
+        *([np.broadcast_to(first_style + styles[:, None], items.shape)] * (kind != "hidden")),
     ]
     columns += [np.broadcast_to(marks[:, None], items.shape), answers]
     return np.stack(columns, axis=-1).reshape(count, -1)
@@ -136,6 +137,8 @@ def train(kind: str, seed: int, steps: int, batch: int = 128) -> tuple[Model, fl
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = LlamaForCausalLM(config)
+    if kind == "untrained":
+        return wrap(module, tokenizer(), name=f"{kind}-{seed}"), float("nan")
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
     optimiser = torch.optim.AdamW(module.parameters(), lr=4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps, pct_start=0.1)
@@ -192,6 +195,6 @@ def audited(model: Model, task: ConstructedTask, strengths: tuple[float, ...], t
         best = max(best, (found.rate().value, found.rate("random").value, found.rate("plain").value, float(few)))
         prompts = [examples.bare(x) for x, _ in split.testing]
         states = audit.states_of(model, prompts, sites)
-        read = audit.readout(model, states.stacked(sites), sites, split.testing)
+        read = audit.readout(model, states.stacked(sites), sites, task, split.testing)
         reading = max(reading, float(read.top(audit.TOP).max()))
     return Verdict(*best, reading, audit.cell(best[0], reading, threshold))

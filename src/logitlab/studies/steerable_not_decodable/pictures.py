@@ -57,30 +57,34 @@ def _best(run: Run) -> pd.DataFrame:
     return table.loc[table.groupby("task", sort=False)["best_choosing"].idxmax()]
 
 
+KINDS = {
+    "plain": ("bare", GREY),
+    "random": ("random vectors", LINES[1]),
+    "permuted": ("its texts, others' answers", LINES[2]),
+    "other": ("another task's vector", LINES[3]),
+    "steered": ("function vector", LINES[0]),
+    "few_shot": ("after examples", LINES[4]),
+}
+"""What was done: label and colour."""
+
+
 def steering(run: Run) -> Figure:
     """Right answers by what was done."""
     best, outcomes, able = _best(run), run.table("steering-outcomes"), run.table("abilities")
-    kinds = [k for k in ("plain", "random", "other", "steered") if k in outcomes]
-    labels = {
-        "plain": "bare",
-        "random": "random vector",
-        "other": "another task's vector",
-        "steered": "function vector",
-    }
-    figure = _figure(max(6.0, 0.75 * len(best) + 2.2), 3.4)
+    kinds = [k for k in KINDS if k in outcomes or k == "few_shot"]
+    figure = _figure(max(6.0, 0.75 * len(best) + 2.2), 3.6)
     ax = figure.subplots()
-    width = 0.8 / (len(kinds) + 1)
-    for i, kind in enumerate([*kinds, "few_shot"]):
-        found = []
-        for row in best.itertuples():
-            table = able if kind == "few_shot" else outcomes
-            here = table[(table["task"] == row.task) & (table["template"] == row.template)]
-            found.append(bootstrap(here[kind], seed=run.seed))
-        x = np.arange(len(best)) + (i - len(kinds) / 2) * width
+    width = 0.84 / len(kinds)
+    for i, kind in enumerate(kinds):
+        table = able if kind == "few_shot" else outcomes
+        rows = [table[(table["task"] == r.task) & (table["template"] == r.template)][kind] for r in best.itertuples()]
+        found = [bootstrap(row, seed=run.seed) for row in rows]
+        x = np.arange(len(best)) + (i - (len(kinds) - 1) / 2) * width
+        label, colour = KINDS[kind]
         values = np.array([m.value for m in found])
         spread = np.abs(np.array([[m.value - m.low, m.high - m.value] for m in found]).T)
-        ax.bar(x, values, width * 0.92, color=LINES[i % len(LINES)], label=labels.get(kind, "five examples"))
-        ax.errorbar(x, values, spread, fmt="none", ecolor="#333333", elinewidth=0.8)
+        ax.bar(x, values, width * 0.92, color=colour, label=label)
+        ax.errorbar(x, values, spread, fmt="none", ecolor="#333333", elinewidth=0.7)
     ax.set_xticks(range(len(best)), list(best["task"]), rotation=30, ha="right")
     ax.set(ylabel="right answers", ylim=(0, 1.02))
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
@@ -104,7 +108,7 @@ def ladder(run: Run) -> Figure:
         ax.bar(np.arange(len(table)) + (i - 1.5) * 0.2, table[kind], 0.18, color=colour, label=label)
     ax.axhline(threshold, color="#333333", lw=0.8)
     ax.set_xticks(range(len(table)), list(table["task"]), rotation=30, ha="right")
-    ax.set(ylabel="answer among the first 10", ylim=(0, 1.02))
+    ax.set(ylabel="answer among the first tokens", ylim=(0, 1.02))
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     _plain(ax)
     return figure
@@ -176,4 +180,28 @@ def transfer(run: Run) -> Figure:
     for ax in (left, right):
         _plain(ax)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def matrices(run: Run) -> Figure:
+    """Transfers, the best site and strength, by task."""
+    table = run.table("transfer").groupby(["task", "source", "target"], sort=False)["accuracy"].max().reset_index()
+    names = list(dict.fromkeys(table["task"]))
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure(2.1 * columns + 0.8, 2.1 * rows + 0.2)
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel())
+    image = None
+    for ax, name in zip(axes, names, strict=False):
+        grid = table[table["task"] == name].pivot(index="source", columns="target", values="accuracy")
+        image = ax.imshow(grid.to_numpy(), vmin=0, vmax=1, cmap="cividis")
+        ax.set_title(name, fontsize=9)
+        ax.set_xticks(range(grid.shape[1]), [f"T{k}" for k in grid.columns], fontsize=7)
+        ax.set_yticks(range(grid.shape[0]), [f"T{k}" for k in grid.index], fontsize=7)
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    figure.supxlabel("into template", fontsize=9)
+    figure.supylabel("vector of template", fontsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=list(axes), shrink=0.6, label="right answers")
     return figure

@@ -14,13 +14,13 @@ def gain_of_cosine(table: pd.DataFrame | Sequence[pd.DataFrame]) -> float:
     """R² of transfer accuracy by difficulty and cosine, minus that by difficulty alone.
 
     Args:
-        table: transfers with ``task``, ``accuracy`` and ``cosine``; or such a table for each of some tasks, of which
-            one may come several times.
+        table: transfers with ``difficulty``, ``accuracy`` and ``cosine``; or several such tables, of which one may come
+            several times.
     """
-    parts = [part for _, part in table.groupby("task")] if isinstance(table, pd.DataFrame) else list(table)
-    y = np.concatenate([part["accuracy"].to_numpy(float) for part in parts])
-    hard = np.concatenate([np.full(len(part), 1 - part["accuracy"].mean()) for part in parts])
-    cosine = np.concatenate([part["cosine"].to_numpy(float) for part in parts])
+    parts = [table] if isinstance(table, pd.DataFrame) else list(table)
+    y, hard, cosine = (
+        np.concatenate([part[name].to_numpy(float) for part in parts]) for name in ("accuracy", "difficulty", "cosine")
+    )
     return r_squared(y, hard, cosine) - r_squared(y, hard)
 
 
@@ -61,7 +61,8 @@ def regressions(table: pd.DataFrame, vectors: pd.DataFrame, permutations: int, s
     for layer, part in table.groupby("layer"):
         correlation(f"cosine and transfer, layer {layer}", part["cosine"], part["accuracy"])
     y = table["accuracy"].to_numpy(float)
-    hard = 1 - table.groupby("task")["accuracy"].transform("mean").to_numpy(float)
+    hard = table["difficulty"].to_numpy(float)
+    task = table.groupby("task")["accuracy"].transform("mean").to_numpy(float)
     cosine = table["cosine"].to_numpy(float)
     first, second = r_squared(y, hard), r_squared(y, hard, cosine)
     third = r_squared(y, hard, cosine, hard * cosine)
@@ -77,6 +78,7 @@ def regressions(table: pd.DataFrame, vectors: pd.DataFrame, permutations: int, s
         {"what": "R² by difficulty", "value": first, "n": len(y)},
         {"what": "gain by cosine", "value": second - first, "p": (1 + more) / (1 + permutations), "n": len(y)},
         {"what": "gain by their product", "value": third - second, "n": len(y)},
+        {"what": "gain by cosine within tasks", "value": r_squared(y, task, cosine) - r_squared(y, task), "n": len(y)},
     ]
     same, other = (table[table["same_style"] == flag]["accuracy"] for flag in (True, False))
     if len(same) > 1 and len(other) > 1:

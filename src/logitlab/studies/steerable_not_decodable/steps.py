@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from logitlab.errors import InputError
+from logitlab.intervals import bootstrap
 from logitlab.interventions import Vectors, add, replace
 from logitlab.interventions.trials import Trials
 from logitlab.probes import probe_states
@@ -37,8 +38,11 @@ def tasks(run: Run) -> list[str]:
 def templates(run: Run) -> list[int]:
     """Numbers of the templates of a run, from 0."""
     bad = next((t for t in run.parameters.templates if not 1 <= t <= len(STYLES)), None)
-    if bad is not None or len(run.parameters.templates) < 2:
-        raise InputError(f"templates are {list(run.parameters.templates)}; give at least two of 1 to {len(STYLES)}")
+    different = set(run.parameters.templates)
+    if bad is not None or len(different) < 2 or len(different) < len(run.parameters.templates):
+        raise InputError(
+            f"templates are {list(run.parameters.templates)}; give at least two of 1 to {len(STYLES)}, each once"
+        )
     return [t - 1 for t in run.parameters.templates]
 
 
@@ -74,6 +78,34 @@ def _asked(run: Run, task: Task) -> list[tuple[int, Any]]:
     return [(t, audit.examples_of(task, split, t)) for t in templates(run)]
 
 
+def check(run: Run) -> None:
+    """Say at once what would stop the run later.
+
+    Raises:
+        InputError: a parameter, or the model, cannot be used.
+    """
+    p = run.parameters
+    names = tasks(run)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"tasks are {', '.join(names) or 'none'}; name at least one, each once")
+    _ = templates(run)
+    least = {"layer_step": 1, "shots": 1, "queries": 1, "choosing": 1, "randoms": 1, "neutral": 0, "heads": 1}
+    least |= {"projected": 1, "control_seeds": 1, "control_steps": 20, "transfer_inputs": 1, "patched_inputs": 2}
+    low = next((name for name, smallest in least.items() if p[name] < smallest), None)
+    if low is not None:
+        raise InputError(f"{low} is {p[low]}; it must be at least {least[low]}")
+    if p.shown < p.shots + 1:
+        raise InputError(
+            f"shown is {p.shown} and shots is {p.shots}: examples are drawn from more pairs than they need"
+        )
+    if not p.strengths or not p.transfer_strengths:
+        raise InputError("strengths and transfer_strengths need at least one number each")
+    for name in names:
+        _ = split_of(run, TASKS[name])
+    if run.model.encoder_decoder or run.model.n_layers < 2:
+        raise InputError(f"{run.model.name} is no decoder of at least two layers: the study steers what one writes")
+
+
 # -- what the model can do ---------------------------------------------------------------------
 
 
@@ -103,16 +135,18 @@ def vectors(run: Run, unit: str) -> pd.DataFrame:
     split, sites = split_of(run, task), sites_of(run)
     kept: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
-    said = {i for _, y in task.pairs for i in audit.variants(run.model, y)[0]}
+    said = {i for _, y in task.pairs for i in audit.variants(run.model, task, y)[0]}
     outputs = {answer.casefold() for _, y in task.pairs for answer in y if len(answer) > 2}
     for t, examples in _asked(run, task):
         seed = seed_of(run, "examples", unit, t)
         found = audit.vectors_of(run.model, examples, split, sites, run.parameters.shots, seed)
         kept[f"template-{t + 1}"] = torch.stack([found[s] for s in sites])
+        twin = found.random_twin(seed_of(run, "projection", unit, t))
         for site in sites:
             rows.append(
                 {"task": unit, "template": t + 1, "site": str(site), "layer": site.layer + 1, "norm": found.norm(site)}
                 | _projected(run, found[site], said, outputs)
+                | {"random_fraction": _projected(run, twin[site], said, outputs)["correct_output_fraction"]}
             )
     run.keep(f"vectors-{unit}", kept)
     return pd.DataFrame(rows)
@@ -120,7 +154,7 @@ def vectors(run: Run, unit: str) -> pd.DataFrame:
 
 def _projected(run: Run, vector: torch.Tensor, said: set[int], outputs: set[str]) -> dict[str, Any]:
     """What the final norm and the unembedding make of a vector."""
-    model, many = run.model, run.parameters.projected
+    model, many = run.model, min(run.parameters.projected, run.model.vocab_size)
     with model.exclusive(), torch.no_grad():
         logits = model.tail.logits(vector.to(model.device, model.dtype).unsqueeze(0))[0]
     top = logits.topk(many).indices.tolist()
@@ -155,7 +189,7 @@ def steering(run: Run, unit: str) -> Mapping[str, pd.DataFrame]:
             own[i],
             run.parameters.strengths,
             other=theirs[i],
-            neutral=neutral.TEXTS[: run.parameters.neutral],
+            neutral=neutral.TEXTS[: run.parameters.neutral] or None,
             randoms=run.parameters.randoms,
             seed=seed_of(run, "steering", unit, t),
         )
@@ -182,7 +216,11 @@ def heads(run: Run, unit: str) -> pd.DataFrame:
     answered = tuple((x, y[0]) for x, y in (*split.shown, *split.queries))
     whole = type(examples)(answered, examples.template, examples.joint, examples.separator)
     seed = seed_of(run, "heads", unit)
-    found = head_effects(run.model, whole, [x for x, _ in split.queries], shots=run.parameters.shots, seed=seed)
+    try:
+        found = head_effects(run.model, whole, [x for x, _ in split.queries], shots=run.parameters.shots, seed=seed)
+    except InputError as error:  # heads that were not verified: the rest of the study does not need them
+        return pd.DataFrame([{"task": unit, "template": t + 1, "reason": str(error)}])
+    count = min(count, len(found.sites))
     summed = found.vectors([str(s) for s in sites_of(run)], count)
     effect = audit.steered(
         run.model,
@@ -217,7 +255,7 @@ def _read(run: Run, unit: str, lens: Lens | None) -> pd.DataFrame:
     rows: list[pd.DataFrame] = []
     for t, examples in _asked(run, task):
         states = audit.states_of(run.model, [examples.bare(x) for x, _ in split.testing], sites).stacked(sites)
-        found = audit.readout(run.model, states, sites, split.testing, lens)
+        found = audit.readout(run.model, states, sites, task, split.testing, lens)
         rows.append(
             pd.DataFrame(
                 {
@@ -320,7 +358,7 @@ def after_steering(run: Run, unit: str) -> pd.DataFrame:
                 else [add(cell["site"], vector[cell["site"]], strength=float(cell["strength"]), positions="last")]
             )
             states = audit.states_of(run.model, prompts, later, changes).stacked(later)
-            found[what] = audit.readout(run.model, states, later, split.testing).top(audit.TOP)
+            found[what] = audit.readout(run.model, states, later, task, split.testing).top(audit.TOP)
         rows.append(
             pd.DataFrame(
                 {
@@ -379,10 +417,14 @@ def transfer(run: Run, unit: str) -> pd.DataFrame:
 
 
 def patching(run: Run, unit: str) -> pd.DataFrame:
-    """Pairs of templates whose vectors look alike and do not transfer: is the state of the source enough?"""
+    """Pairs of templates whose vectors look alike and do not transfer: is the state of the source enough?
+
+    Beside it stand what the bare target question gives, and what the state of another input's source prompt does.
+    """
     cells, moved = run.table("steering-cells"), run.table("transfer")
     columns = ["task", "source", "target", "site", "cosine", "accuracy"]
-    empty = pd.DataFrame(columns=["task", "source", "target", "cosine", "transfer", "iid", "site", "layer", "recovery"])
+    names = ["task", "source", "target", "cosine", "transfer", "iid", "site", "layer", "recovery", "other", "bare"]
+    empty = pd.DataFrame(columns=names)
     other = moved[moved["source"] != moved["target"]][columns]
     best = other.groupby(["task", "source", "target"], sort=False).agg(
         cosine=("cosine", "mean"), transfer=("accuracy", "max")
@@ -411,15 +453,17 @@ def _patched(run: Run, row: Mapping[Any, Any]) -> list[dict[str, Any]]:
     target = audit.examples_of(task, split, row["target"] - 1)
     seed = seed_of(run, "patching", row["task"], row["source"])
     kept = audit.states_of(run.model, audit.few_shot(source, some, run.parameters.shots, seed), sites)
-    right = np.zeros((len(sites), len(some)))
+    right, other, bare = np.zeros((2 * len(sites) + 1, len(some))), len(sites), 2 * len(sites)
     for n, (x, y) in enumerate(some):
-        trials = [[replace(site, kept[site][n], positions="last")] for site in sites]
-        ids, _ = audit.variants(run.model, y)
-        _, top = Trials(run.model, [target.bare(x)]).next_tokens(trials, [ids])
+        own = [[replace(site, kept[site][n], positions="last")] for site in sites]
+        theirs = [[replace(site, kept[site][(n + 1) % len(some)], positions="last")] for site in sites]
+        ids, _ = audit.variants(run.model, task, y)
+        _, top = Trials(run.model, [target.bare(x)]).next_tokens([*own, *theirs, []], [ids])
         right[:, n] = np.isin(top[:, 0], ids)
     return [
         {k: row[k] for k in ("task", "source", "target", "cosine", "transfer", "iid")}
         | {"site": str(site), "layer": site.layer + 1, "recovery": float(right[i].mean())}
+        | {"other": float(right[other + i].mean()), "bare": float(right[bare].mean())}
         for i, site in enumerate(sites)
     ]
 
@@ -428,58 +472,89 @@ def _patched(run: Run, row: Mapping[Any, Any]) -> list[dict[str, Any]]:
 
 
 def summary(run: Run, unit: str) -> pd.DataFrame:
-    """For each task the cell of the 2 x 2 table, and the lowest rung of the ladder that reads it."""
+    """For each task its cell, and the lowest rung of the ladder that reads it.
+
+    ``paper_cell`` is by the paper's rule: the best template steers more than the threshold of the test inputs. ``cell``
+    asks for more: the model can do the task from examples; and in the template that steers best on the inputs for
+    choosing, steering gains over the bare question, over random vectors, and over what its texts score against other
+    inputs' answers, each with an interval above 0. Reading is the best of all templates and layers in both: what is
+    then not decodable is so although the lens had its choice.
+    """
     p = run.parameters
-    able, cells = run.table("abilities"), run.table("steering-cells")
-    plain, moved, probes = run.table("decodability"), run.table("tuned"), run.table("probe")
-    polarity = run.table("polarity") if "sentiment_flip" in tasks(run) else None
+    cells, plain, moved, probes = (run.table(n) for n in ("steering-cells", "decodability", "tuned", "probe"))
+    measured = gains(run)
     rows: list[dict[str, Any]] = []
-    for name in tasks(run):
+    for gain in measured.to_dict("records"):
+        name = str(gain["task"])
         mine = cells[cells["task"] == name]
-        read = plain[plain["task"] == name]
-        lens, tuned_lens = float(read["top10"].max()), float(moved[moved["task"] == name]["top10"].max())
         best = probes[probes["task"] == name].sort_values("accuracy", ascending=False, kind="stable").iloc[0]
-        by_mlp = best["accuracy"] >= p.threshold and best["selectivity"] >= p.selectivity
-        steers = float(mine["steered"].max())
-        seen = able[able["task"] == name].groupby("template")[["bare", "few_shot"]].mean()
-        rung = (
-            "logit lens"
-            if lens > p.threshold
-            else "tuned lens"
-            if tuned_lens > p.threshold
-            else "MLP probe"
-            if by_mlp
-            else "invisible"
-            if best["label_overlap"] >= 0.5
-            else "no lens; the probe cannot know the labels"
+        reads = {
+            "logit lens": float(plain[plain["task"] == name]["top10"].max()),
+            "tuned lens": float(moved[moved["task"] == name]["top10"].max()),
+        }
+        by_probe = best["accuracy"] >= p.threshold and best["selectivity"] >= p.selectivity
+        steers = gain["steered"] > p.threshold and all(
+            gain[f"over_{o}_low"] > 0 for o in ("plain", "random", "permuted")
         )
+        rung = next((lens for lens, value in reads.items() if value > p.threshold), None)
+        if rung is None:
+            known = best["label_overlap"] >= 0.5
+            rung = (
+                "no lens; the probe cannot know the labels" if not known else "MLP probe" if by_probe else "invisible"
+            )
+        told = audit.one_token_tells(TASKS[name])
+        cell = audit.cell(1.0 if steers else 0.0, reads["logit lens"], p.threshold)
         rows.append(
             {
                 "task": name,
                 "category": TASKS[name].category,
-                "bare": float(seen["bare"].max()),
-                "few_shot": float(seen["few_shot"].max()),
-                "steered": steers,
-                "random": float(mine["random"].max()),
-                "other": float(mine["other"].max()) if "other" in mine else float("nan"),
-                "logit_lens": lens,
-                "tuned_lens": tuned_lens,
+                **{k: gain[k] for k in ("template", "bare", "few_shot", "steered", "random", "permuted", "other")},
+                "steered_best": float(mine["steered"].max()),
+                "logit_lens": reads["logit lens"],
+                "tuned_lens": reads["tuned lens"],
                 "mlp_probe": float(best["accuracy"]),
                 "mlp_control": float(best["control"]),
                 "mlp_selectivity": float(best["selectivity"]),
                 "label_overlap": float(best["label_overlap"]),
-                "cell": audit.cell(steers, lens, p.threshold),
-                "rung": rung if steers > p.threshold else f"{rung} (does not steer)",
-                "polarity": float("nan")
-                if polarity is None or name != "sentiment_flip"
-                else float(polarity["accuracy"].max()),
+                "steers": bool(steers),
+                "paper_cell": audit.cell(float(mine["steered"].max()), reads["logit lens"], p.threshold),
+                "cell": cell
+                if told and gain["able"]
+                else "one token does not tell"
+                if not told
+                else "the model cannot do it",
+                "rung": rung,
             }
         )
     return pd.DataFrame(rows)
 
 
+def gains(run: Run) -> pd.DataFrame:
+    """For each task, in the template that steers best on the inputs for choosing: what steering gains over controls."""
+    cells, outcomes, able = run.table("steering-cells"), run.table("steering-outcomes"), run.table("abilities")
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(cells["task"]):
+        mine = cells[cells["task"] == name]
+        best = int(mine.loc[mine["best_choosing"].idxmax()]["template"])
+        here = outcomes[(outcomes["task"] == name) & (outcomes["template"] == best)]
+        seen = able[(able["task"] == name) & (able["template"] == best)]
+        row: dict[str, Any] = {"task": name, "template": best}
+        row |= {k: float(seen[k].mean()) for k in ("bare", "few_shot")}
+        row["able"] = row["few_shot"] - row["bare"] >= run.parameters.gate
+        row["steered"] = float(here["steered"].mean())
+        for over in ("plain", "random", "permuted", "other"):
+            if over not in here:
+                row[over] = float("nan")
+                continue
+            gain = bootstrap(here["steered"].to_numpy() - here[over].to_numpy(), seed=run.seed)
+            row[over] = float(here[over].mean())
+            row |= {f"over_{over}": gain.value, f"over_{over}_low": gain.low, f"over_{over}_high": gain.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def polarity(run: Run, unit: str) -> pd.DataFrame:
-    """The paper's own measure for flipped sentiments: does the state lean to the polarity of the answer?
+    """After the paper's measure for flipped sentiments: does the state lean to the polarity of the answer?
 
     The direction is the mean row of the unembedding over words that only positive answers have and their inputs have
     not, minus that over words of negative ones. Half of the answers lean each way, so chance is a half.
@@ -496,12 +571,12 @@ def polarity(run: Run, unit: str) -> pd.DataFrame:
         if x not in tested:
             words[sign[x]] |= set(y[0].casefold().split()) - set(x.casefold().split())
     head = model.tail.head
-    if head is None:
-        raise InputError(f"{model.name} has no linear head: words have no direction of their own")
+    if head is None:  # words have no direction of their own
+        return pd.DataFrame(columns=["task", "template", "site", "layer", "accuracy"])
     means: dict[int, torch.Tensor] = {}
     for way in (-1, 1):
         only = sorted(words[way] - words[-way])
-        ids = sorted({i for w in only for i in audit.variants(model, (w,))[0]})
+        ids = sorted({i for w in only for i in audit.variants(model, task, (w,))[0]})
         means[way] = head.weight[ids].float().mean(0)
     along = torch.nn.functional.normalize(means[1] - means[-1], dim=0)
     rows: list[pd.DataFrame] = []
@@ -531,6 +606,7 @@ def polarity(run: Run, unit: str) -> pd.DataFrame:
 
 def control_units(run: Run) -> Sequence[str]:
     """One model a unit."""
+    check(run)  # these are the first units of the study
     return [f"{kind} {seed}" for seed in range(run.parameters.control_seeds) for kind in controls.KINDS]
 
 
@@ -564,8 +640,14 @@ def regression(run: Run, unit: str) -> pd.DataFrame:
             _, sizes, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
             total = float((sizes**2).sum())
             shares.append({"task": name, "site": site, "share": float(sizes[0] ** 2) / total if total else 1.0})
-    other = table[table["source"] != table["target"]]
+    other = with_difficulty(run, table[table["source"] != table["target"]])
     return regressions(other, pd.DataFrame(shares), run.parameters.permutations, seed_of(run, "permutations"))
+
+
+def with_difficulty(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Transfers with their task's difficulty: 1 minus the mean accuracy of steering in the vectors' own templates."""
+    mean = run.table("steering-cells").groupby("task")["steered"].mean()
+    return table.assign(difficulty=[1.0 - float(mean[name]) for name in table["task"]])
 
 
 def _by_site(run: Run, task: str) -> dict[str, np.ndarray]:
