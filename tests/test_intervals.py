@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import bootstrap as reference
 
 from logitlab.errors import InputError
-from logitlab.intervals import Mean, bootstrap
+from logitlab.intervals import Mean, bootstrap, proportion
 
 
 def test_it_is_the_percentile_bootstrap_of_scipy() -> None:
@@ -94,3 +94,22 @@ def test_bad_input() -> None:
     for options in ({"resamples": 0}, {"seed": -1}):
         with pytest.raises(InputError, match="they must be at least 1 and 0"):
             bootstrap([1.0], **options)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 5), (3, 7), (1, 100)])
+def test_exact_intervals_of_shares_are_where_the_binomial_tails_are_2_5_percent(k: int, n: int) -> None:
+    from math import comb
+
+    def tail(p: float, ks: range) -> float:
+        return sum(comb(n, i) * p**i * (1 - p) ** (n - i) for i in ks)
+
+    found = proportion(k, n)
+    assert found.value == k / n
+    assert found.low == 0 if k == 0 else tail(found.low, range(k, n + 1)) == pytest.approx(0.025, abs=1e-6)
+    assert found.high == 1 if k == n else tail(found.high, range(k + 1)) == pytest.approx(0.025, abs=1e-6)
+
+
+def test_a_share_of_nothing_is_not_a_number() -> None:
+    assert np.isnan(proportion(0, 0).value)
+    with pytest.raises(InputError, match="4 successes of 3"):
+        proportion(4, 3)

@@ -102,13 +102,21 @@ def test_everything_is_what_a_loop_gives(llama: ll.Model) -> None:
         texts = [written(llama, PROMPTS[n], site, moved) for n in found.testing]
         correct[what] = np.array([right(t, ANSWERS[n]) for t, n in zip(texts, found.testing, strict=True)])
         nll[what] = np.array(perplexity(llama, site, moved))
+        if what == "steered":  # its texts, held against the answers of each other prompt
+            others = [
+                [right(t, ANSWERS[m]) for m in found.testing if m != n]
+                for t, n in zip(texts, found.testing, strict=True)
+            ]
+            correct["permuted"] = np.array([np.mean(row) for row in others])
     for table in (correct, nll):
         table["random"] = (table.pop("random 0") + table.pop("random 1")) / 2
-    assert set(found.correct) == set(found.nll) == {"plain", "steered", "other", "random"}
+    assert set(found.nll) == {"plain", "steered", "other", "random"}
+    assert set(found.correct) == set(found.nll) | {"permuted"}
     for what in correct:
-        np.testing.assert_array_equal(found.correct[what], correct[what], err_msg=what)
-        np.testing.assert_allclose(found.nll[what], nll[what], atol=1e-5, err_msg=what)
-        assert found.perplexity(what) == pytest.approx(math.exp(nll[what].mean()), rel=1e-5)
+        np.testing.assert_allclose(found.correct[what], correct[what], atol=1e-12, err_msg=what)
+        if what in nll:
+            np.testing.assert_allclose(found.nll[what], nll[what], atol=1e-5, err_msg=what)
+            assert found.perplexity(what) == pytest.approx(math.exp(nll[what].mean()), rel=1e-5)
         assert found.rate(what).value == pytest.approx(correct[what].mean())
         assert found.gain(what).value == pytest.approx((correct["steered"] - correct[what]).mean())
         assert found.gain(what).n == 6
@@ -126,7 +134,7 @@ def test_everything_is_what_a_loop_gives(llama: ll.Model) -> None:
     again = effect(llama, vectors, PROMPTS, ANSWERS, strengths=STRENGTHS, randoms=2, new_tokens=4, seed=3)
     np.testing.assert_array_equal(again.grid, found.grid)
     np.testing.assert_array_equal(again.correct["random"], found.correct["random"])
-    assert set(again.correct) == {"plain", "steered", "random"}
+    assert set(again.correct) == {"plain", "steered", "random", "permuted"}
 
 
 def told(monkeypatch: pytest.MonkeyPatch, rate: Any) -> None:
@@ -187,6 +195,12 @@ def test_when_a_text_is_right() -> None:
     assert Match(begins=True)("\n  Cold and", ["cold"])
     assert not Match(begins=True)("so cold", ["cold"])
     assert not Match(begins=True, case=True)(" Cold", ["cold"])
+    assert Match(begins=True)(' "cold"', ["cold"])
+    assert Match(words=True)("It is (safe).", ["safe"])
+    assert not Match(words=True)("It is unsafe, safely", ["safe"])
+    assert Match(words=True)("C++ it is", ["C++"])
+    assert not Match(begins=True, words=True)("a bee", ["b"])
+    assert Match(words=True)("el niño", ["niño"])
     assert not Match()("", ["cold"])
 
 
