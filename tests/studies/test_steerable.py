@@ -328,8 +328,13 @@ def test_tasks_that_steer_are_counted() -> None:
 
 def test_cells_are_counted() -> None:
     table = summary([claims.SAND, claims.SAND, claims.SAND, claims.REVERSE, "both fail", "the model cannot do it"])
-    run = run_of({"summary": table})
+    tables = steering_tables({f"task {i}": 0.8 for i in range(6)})
+    rows = [(f"task {i}", k, 0.0 if i < 2 else 0.5) for i in range(6) for k in (1, 2)]
+    tables["decodability"] = pd.DataFrame(rows, columns=["task", "template", "top10"])
+    run = run_of(tables | {"summary": table})
     assert claims.steerable_not_decodable(run).value == 3
+    # Only template 1 steers, and only of the first two tasks the lens reads nothing.
+    assert "template by template 2 of 10: task 0 T1, task 1 T1" in claims.steerable_not_decodable(run).note
     assert claims.reverse_is_rare(run).value == pytest.approx(0.4)
     with pytest.raises(Untestable, match="2 tasks"):
         claims.reverse_is_rare(run_of({"summary": table[:2]}))

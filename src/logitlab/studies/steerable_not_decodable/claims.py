@@ -8,7 +8,7 @@ import numpy as np
 
 from logitlab.intervals import bootstrap, proportion
 from logitlab.studies.steerable_not_decodable.regression import gain_of_cosine
-from logitlab.studies.steerable_not_decodable.steps import with_difficulty
+from logitlab.studies.steerable_not_decodable.steps import gain_of, with_difficulty
 from logitlab.studies.study import Finding, Untestable
 
 if TYPE_CHECKING:
@@ -53,7 +53,20 @@ def steerable_not_decodable(run: Run) -> Finding:
     found = table[table["cell"] == SAND]
     by_paper = int((table["paper_cell"] == SAND).sum())
     named = f" ({', '.join(found['task'])})" if len(found) else ""
-    return _count(len(found), len(table), f"of {len(table)} tasks{named}; {by_paper} by the paper's rule")
+    note = f"of {len(table)} tasks{named}; {by_paper} by the paper's rule; {_by_template(run)}"
+    return _count(len(found), len(table), note)
+
+
+def _by_template(run: Run) -> str:
+    """The same cell template by template, where a lens has no choice among them; no claim rests on it."""
+    cells, read, known = run.table("steering-cells"), run.table("decodability"), run.table("summary")
+    best = read.groupby(["task", "template"])["top10"].max()
+    able = set(known[known["cell"].isin(CELLS)]["task"])
+    rows = [gain_of(run, r.task, r.template) for r in cells.itertuples() if r.task in able]  # pyright: ignore[reportArgumentType]
+    rows = [row for row in rows if row["able"]]
+    found = [r for r in rows if r["steers"] and best[r["task"], r["template"]] <= run.parameters.threshold]
+    named = ", ".join(f"{r['task']} T{r['template']}" for r in found)
+    return f"taken template by template {len(found)} of {len(rows)}" + (f": {named}" if found else "")
 
 
 def reverse_is_rare(run: Run) -> Finding:

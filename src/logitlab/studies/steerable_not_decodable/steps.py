@@ -493,9 +493,6 @@ def summary(run: Run, unit: str) -> pd.DataFrame:
             "tuned lens": float(moved[moved["task"] == name]["top10"].max()),
         }
         by_probe = best["accuracy"] >= p.threshold and best["selectivity"] >= p.selectivity
-        steers = gain["steered"] > p.threshold and all(
-            gain[f"over_{o}_low"] > 0 for o in ("plain", "random", "permuted")
-        )
         rung = next((lens for lens, value in reads.items() if value > p.threshold), None)
         if rung is None:
             known = best["label_overlap"] >= 0.5
@@ -503,7 +500,7 @@ def summary(run: Run, unit: str) -> pd.DataFrame:
                 "no lens; the probe cannot know the labels" if not known else "MLP probe" if by_probe else "invisible"
             )
         told = audit.one_token_tells(TASKS[name])
-        cell = audit.cell(1.0 if steers else 0.0, reads["logit lens"], p.threshold)
+        cell = audit.cell(1.0 if gain["steers"] else 0.0, reads["logit lens"], p.threshold)
         rows.append(
             {
                 "task": name,
@@ -516,7 +513,7 @@ def summary(run: Run, unit: str) -> pd.DataFrame:
                 "mlp_control": float(best["control"]),
                 "mlp_selectivity": float(best["selectivity"]),
                 "label_overlap": float(best["label_overlap"]),
-                "steers": bool(steers),
+                "steers": gain["steers"],
                 "paper_cell": audit.cell(float(mine["steered"].max()), reads["logit lens"], p.threshold),
                 "cell": cell
                 if told and gain["able"]
@@ -531,26 +528,33 @@ def summary(run: Run, unit: str) -> pd.DataFrame:
 
 def gains(run: Run) -> pd.DataFrame:
     """For each task, in the template that steers best on the inputs for choosing: what steering gains over controls."""
-    cells, outcomes, able = run.table("steering-cells"), run.table("steering-outcomes"), run.table("abilities")
+    cells = run.table("steering-cells")
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(cells["task"]):
         mine = cells[cells["task"] == name]
-        best = int(mine.loc[mine["best_choosing"].idxmax()]["template"])
-        here = outcomes[(outcomes["task"] == name) & (outcomes["template"] == best)]
-        seen = able[(able["task"] == name) & (able["template"] == best)]
-        row: dict[str, Any] = {"task": name, "template": best}
-        row |= {k: float(seen[k].mean()) for k in ("bare", "few_shot")}
-        row["able"] = row["few_shot"] - row["bare"] >= run.parameters.gate
-        row["steered"] = float(here["steered"].mean())
-        for over in ("plain", "random", "permuted", "other"):
-            if over not in here:
-                row[over] = float("nan")
-                continue
-            gain = bootstrap(here["steered"].to_numpy() - here[over].to_numpy(), seed=run.seed)
-            row[over] = float(here[over].mean())
-            row |= {f"over_{over}": gain.value, f"over_{over}_low": gain.low, f"over_{over}_high": gain.high}
-        rows.append(row)
+        rows.append(gain_of(run, str(name), int(mine.loc[mine["best_choosing"].idxmax()]["template"])))
     return pd.DataFrame(rows)
+
+
+def gain_of(run: Run, task: str, template: int) -> dict[str, Any]:
+    """What the model can do in a template, and what steering gains there over each control."""
+    outcomes, able = run.table("steering-outcomes"), run.table("abilities")
+    here = outcomes[(outcomes["task"] == task) & (outcomes["template"] == template)]
+    seen = able[(able["task"] == task) & (able["template"] == template)]
+    row: dict[str, Any] = {"task": task, "template": template}
+    row |= {k: float(seen[k].mean()) for k in ("bare", "few_shot")}
+    row["able"] = row["few_shot"] - row["bare"] >= run.parameters.gate
+    row["steered"] = float(here["steered"].mean())
+    for over in ("plain", "random", "permuted", "other"):
+        if over not in here:
+            row[over] = float("nan")
+            continue
+        gain = bootstrap(here["steered"].to_numpy() - here[over].to_numpy(), seed=run.seed)
+        row[over] = float(here[over].mean())
+        row |= {f"over_{over}": gain.value, f"over_{over}_low": gain.low, f"over_{over}_high": gain.high}
+    beaten = [row[f"over_{over}_low"] > 0 for over in ("plain", "random", "permuted")]
+    row["steers"] = bool(row["steered"] > run.parameters.threshold and all(beaten))
+    return row
 
 
 def polarity(run: Run, unit: str) -> pd.DataFrame:
