@@ -57,7 +57,9 @@ def proportion(successes: int, n: int) -> Mean:
 def bootstrap(values: ArrayLike, *, groups: ArrayLike | None = None, resamples: int = 2000, seed: int = 0) -> Mean:
     """The mean of some numbers, with the percentile bootstrap's interval (Efron 1979).
 
-    Differences of pairs are given as such, so that the interval is a paired one.
+    Differences of pairs are given as such, so that the interval is a paired one. With few units the interval is too
+    narrow (of ten units it holds the mean in about nine of ten cases, of three in three of four); one unit has none:
+    its ends are NaN. Where all units are equal it has no width; shares of few have `proportion`.
 
     Args:
         values: [n]; NaN are left out.
@@ -88,6 +90,8 @@ def bootstrap(values: ArrayLike, *, groups: ArrayLike | None = None, resamples: 
         return Mean(float("nan"), float("nan"), float("nan"), 0)
     _, which = np.unique(names, return_inverse=True)
     n = int(which.max()) + 1
+    if n == 1:
+        return Mean(float(given.mean()), float("nan"), float("nan"), 1)
     sums, counts = np.bincount(which, given, n), np.bincount(which, minlength=n)
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)

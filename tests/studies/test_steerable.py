@@ -399,7 +399,9 @@ def test_patching_counts_layers_below_the_last() -> None:
         for layer, value in ((2, 0.5 if n < 2 else 0.1), (4, 1.0))
     ]
     table = pd.DataFrame(rows)
-    assert claims.patching_recovers(run_of({"patching": table})).value == pytest.approx(2 / 6)
+    found = claims.patching_recovers(run_of({"patching": table}))
+    assert found.value == pytest.approx(2 / 6)
+    assert (found.low, found.high) == (pytest.approx(0.0433, abs=1e-4), pytest.approx(0.7772, abs=1e-4))  # exact
     assert claims.patching_recovers(run_of({"patching": table.assign(other=0.4)})).value == 0
     with pytest.raises(Untestable, match="3 tasks"):
         claims.patching_recovers(run_of({"patching": table[:6]}))

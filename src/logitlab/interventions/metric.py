@@ -92,7 +92,8 @@ def name_of(answers: Any, metric: Metric | None) -> str:
     if metric is not None:
         return getattr(metric, "__name__", "a metric")
     first = answers[0] if isinstance(answers, list) and answers else answers
-    return "log-probability, nats" if isinstance(first, str | int) else "difference of logits, nats"
+    two = isinstance(first, tuple) and len(first) == 2
+    return "difference of logits, nats" if two else "log-probability, nats"
 
 
 def recovered(
@@ -106,8 +107,9 @@ def recovered(
         corrupted: [pairs].
 
     Returns:
-        The same shape as ``patched``; NaN for a pair whose runs do not differ in the metric.
+        The same shape as ``patched``; NaN for a pair whose runs do not differ in the metric by more than rounding.
     """
     base, gap = corrupted[:, None, None], (clean - corrupted)[:, None, None]
+    rounding = 1e-6 * (1 + np.maximum(np.abs(clean), np.abs(corrupted)))[:, None, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(gap == 0, np.nan, (patched - base) / gap)
+        return np.where(np.abs(gap) <= rounding, np.nan, (patched - base) / gap)

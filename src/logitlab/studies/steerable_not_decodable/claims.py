@@ -53,8 +53,10 @@ def steerable_not_decodable(run: Run) -> Finding:
     found = table[table["cell"] == SAND]
     by_paper = int((table["paper_cell"] == SAND).sum())
     named = f" ({', '.join(found['task'])})" if len(found) else ""
-    note = f"of {len(table)} tasks{named}; {by_paper} by the paper's rule; {_by_template(run)}"
-    return _count(len(found), len(table), note)
+    note = (
+        f"of {int(table['cell'].isin(CELLS).sum())} tasks{named}; {by_paper} by the paper's rule; {_by_template(run)}"
+    )
+    return _count(len(found), int(table["cell"].isin(CELLS).sum()), note)
 
 
 def _by_template(run: Run) -> str:
@@ -196,9 +198,9 @@ def patching_recovers(run: Run) -> Finding:
     best = good.groupby(["task", "source", "target"], sort=False).agg(
         good=("good", "max"), recovery=("recovery", "max")
     )
-    tasks = best.index.get_level_values("task")
+    by_task = best["good"].astype(float).groupby("task").mean()
     return Finding(
-        *bootstrap(best["good"].astype(float), groups=tasks, seed=run.seed),
+        *proportion(int((by_task > 0.5).sum()), len(by_task)),
         f"{int(best['good'].sum())} of {len(best)} transfers; mean recovery {best['recovery'].mean():.2f}",
     )
 

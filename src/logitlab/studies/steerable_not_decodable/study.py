@@ -114,8 +114,9 @@ CLAIMS = (
         statement="A function vector makes the model do the task on bare questions.",
         paper="steering accuracies above 0.90 (abstract)",
         test="number of tasks that the model can do from examples (these help by the gate, in the template that steers "
-        "best on the inputs for choosing) in which steering gains over bare questions, over random vectors of the same "
-        "length, and over its texts held against other inputs' answers, all with 95 % intervals above 0; at least 3",
+        "best on the inputs for choosing) in which steering gains over bare questions, over random vectors of the "
+        "same length, and over its texts held against other inputs' answers, all with 95 % intervals above 0; at "
+        "least 3",
         threshold=2.5,
         measure=_later("claims", "vectors_steer"),
     ),
@@ -133,8 +134,7 @@ CLAIMS = (
         statement="The reverse, decodable and not steerable, is rarer.",
         paper="3 of 72 cells, all of one family (abstract)",
         test="share of tasks that are steerable and not decodable, minus the share of the reverse, of those that the "
-        "model "
-        "can do; interval over tasks",
+        "model can do; interval over tasks",
         threshold=0.0,
         measure=_later("claims", "reverse_is_rare"),
     ),
@@ -143,8 +143,7 @@ CLAIMS = (
         statement="Steering is more accurate than reading.",
         paper="largest difference of readability and steering -0.91 (abstract)",
         test="lens top-10 accuracy (best layer) minus steering accuracy, mean over templates of the tasks that the "
-        "model "
-        "can do; interval over tasks",
+        "model can do; interval over tasks",
         threshold=0.0,
         measure=_later("claims", "steering_exceeds_reading"),
         side="below",
@@ -154,8 +153,7 @@ CLAIMS = (
         statement="A diagonal tuned lens leaves most of these cells unreadable.",
         paper="13 of 14 cells persist, 93 % (abstract)",
         test="share of steerable, not decodable tasks that the tuned lens does not read either, with its exact "
-        "interval; "
-        "at least 3 such tasks",
+        "interval; at least 3 such tasks",
         threshold=0.5,
         measure=_later("claims", "tuned_lens_persists"),
     ),
@@ -201,9 +199,8 @@ CLAIMS = (
         name="patching-recovers",
         statement="Where vectors that look alike do not transfer, the source's own state gives the answer.",
         paper="values not given",
-        test="share of such pairs in which some layer but the last gives half of the source's accuracy more than the "
-        "bare "
-        "question and another input's state do; at least 4 tasks; interval over tasks",
+        test="share of tasks in most of whose pairs some layer but the last gives half of the source's accuracy more "
+        "than the bare question and another input's state do, with its exact interval; at least 4 tasks",
         threshold=0.5,
         measure=_later("claims", "patching_recovers"),
     ),
@@ -213,16 +210,15 @@ PICTURES = (
     Picture(
         "cells",
         "Each task: the share that a vector steers (in the template that is best on other inputs) against the share "
-        "whose "
-        "answer the logit lens has among its first tokens (the best of all templates and layers). Lines: thresholds.",
+        "whose answer the logit lens has among its first tokens (the best of all templates and layers). Lines: "
+        "thresholds.",
         _later("pictures", "cells"),
     ),
     Picture(
         "steering",
         "Right answers to bare questions, in the template that steers best on other inputs: as the model is, with "
-        "random "
-        "vectors of the same length, the steered texts held against other inputs' answers, with another task's vector, "
-        "with the vector, and after examples. 95 % intervals.",
+        "random vectors of the same length, the steered texts held against other inputs' answers, with another task's "
+        "vector, with the vector, and after examples. 95 % intervals.",
         _later("pictures", "steering"),
     ),
     Picture(
@@ -275,15 +271,13 @@ STUDY = Study(
     pictures=PICTURES,
     defects=(
         "Examples are drawn from pairs that no result is measured on; the paper's prompts can show test inputs. Of "
-        "pairs "
-        "that answer each other one is used.",
+        "pairs that answer each other one is used.",
         "Layer and strength are chosen on other inputs than those of the result; the paper takes the best of the sweep "
         "on the test inputs. Its refinement around the best strength is left out.",
         "The last real token is read and steered, also in batches; the paper's code takes position -1 of padded ones.",
         "Both variants of an answer's first token count in the lens, with and without a space before it.",
         "Steering stands beside random vectors of the same length, another task's vector, the same texts held against "
-        "other "
-        "inputs' answers, and perplexity on neutral text; the paper's rule for a cell asks for none of them.",
+        "other inputs' answers, and perplexity on neutral text; the paper's rule for a cell asks for none of them.",
         "An answer counts as a whole word, and a single letter where it begins the text; the paper looks for it "
         "anywhere.",
         "The answers of sentiment_flip mostly begin as their inputs do: its first tokens tell nothing, and it has no "
