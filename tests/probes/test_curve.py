@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from math import erf, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import logitlab as ll
 from logitlab import interventions as iv
 from logitlab.errors import InputError
-from logitlab.probes import KINDS, fit_probe, probe, probe_states
+from logitlab.probes import KINDS, chance, fit_probe, probe, probe_states
 from logitlab.probes.report import BY_SITE
 from logitlab.probes.splits import split
 from tests import zoo
@@ -154,6 +156,66 @@ def test_permutations_by_groups_are_not_fooled_by_copies() -> None:
     x, y, groups = np.repeat(x, 10, axis=0), np.repeat(y, 10), np.repeat(np.arange(24), 10)
     found = probe_states({"a": x}, y, groups=groups, kind="ridge", permutations=39, control=False, folds=4)
     assert found.p[0] > 0.05
+
+
+def test_a_perfect_probe_where_one_group_at_a_time_is_held_out() -> None:
+    """Each part has one label to permute, so labels have to move between parts."""
+    draw = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 3)
+    y = groups % 2
+    x = draw.normal(size=(36, 4))
+    x[:, 0] += 20 * y
+    for kind in ("ridge", "logistic"):
+        found = probe_states({"a": x}, y, groups=groups, kind=kind, folds=12, permutations=39, control=False)
+        assert found.accuracy[0] == 1
+        assert found.p[0] <= 2 / 40, kind
+        assert found.about["permuted"] == "labels among groups"
+        assert found.about["held_out_groups"] == 12
+        assert found.baseline == 0.5
+
+
+def test_permutations_are_split_and_fitted_as_the_labels_are() -> None:
+    x, y = planted.linear(60, gap=1)
+    groups = np.arange(60) // 2
+    y = y[2 * groups]
+    for folds in (5, 0.3):
+        found = probe_states(
+            {"a": x}, y, groups=groups, kind="lda", folds=folds, permutations=9, unseen="count", control=False
+        )
+        alone = [
+            probe_states({"a": x}, codes, groups=groups, kind="lda", folds=folds, unseen="count", control=False)
+            for codes in chance.permuted_codes(groups, y, 9, 0)[0]
+        ]
+        better = sum(other.accuracy[0] >= found.accuracy[0] - 1e-12 for other in alone)
+        assert found.p[0] == (1 + better) / 10
+
+
+def test_one_row_with_another_label_does_not_make_p_small() -> None:
+    """States and labels of groups have nothing to do with each other; rows of a group are all alike."""
+    small = 0
+    for seed in range(60):
+        draw = np.random.default_rng(seed)
+        groups = np.repeat(np.arange(20), 8)
+        y = draw.permutation(np.arange(20) % 2)[groups]
+        y[0] = 1 - y[0]
+        x = draw.normal(size=(20, 3))[groups] + 0.1 * draw.normal(size=(160, 3))
+        found = probe_states(
+            {"a": x}, y, groups=groups, kind="mean-difference", permutations=19, control=False, seed=seed, folds=4
+        )
+        small += found.p[0] <= 0.05
+    assert small <= 8  # 3 on average; P(more than 8) is 0.003
+
+
+def test_p_is_missing_where_labels_cannot_be_permuted() -> None:
+    draw = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), np.arange(1, 7))
+    y = groups % 2
+    y[-1] = 0
+    found = probe_states(
+        {"a": draw.normal(size=(21, 3))}, y, groups=groups, kind="ridge", permutations=99, folds=2, control=False
+    )
+    assert np.isnan(found.p).all()
+    assert found.about["permuted"].startswith("nothing: ")
 
 
 def test_labels_that_are_not_trained_on() -> None:
@@ -310,6 +372,51 @@ def test_a_file_gives_the_same_and_goes_on(
         probe(llama, prompts, labels, folder=tmp_path / "file", **options)
 
 
+def test_two_runs_do_not_write_into_one_folder(llama: ll.Model, tmp_path: Path) -> None:
+    prompts, labels, _ = last_tokens()
+    options: dict[str, Any] = {"kind": "ridge", "sites": "0.resid_pre", "control": False, "folder": tmp_path}
+    refused: list[str] = []
+
+    def second(done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(InputError, match="another run writes states to") as caught:
+                probe(llama, prompts, labels, **options)
+            refused.append(str(caught.value))
+
+    first = probe(llama, prompts, labels, progress=second, **options)
+    assert "\n" not in refused[0]
+    assert probe(llama, prompts, labels, **options).data().identical(first.data())  # and the lock is gone
+
+
+def test_states_that_are_gone_are_captured_anew(
+    llama: ll.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from logitlab.probes import states
+
+    prompts, labels, _ = last_tokens()
+    options: dict[str, Any] = {"kind": "ridge", "sites": "0.resid_pre", "control": False, "folder": tmp_path}
+    first = probe(llama, prompts, labels, **options)
+    record = json.loads((tmp_path / "states.json").read_text(encoding="utf-8"))
+    assert record["done"] == 60
+    assert record["states"]["stack"] == llama.stack.name
+    (tmp_path / "states.npy").unlink()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "capture_encoded", broken)
+        with pytest.raises(KeyboardInterrupt):
+            probe(llama, prompts, labels, **options)
+    # The file is there again, empty: the record must not call it done.
+    assert json.loads((tmp_path / "states.json").read_text(encoding="utf-8"))["done"] == 0
+    assert probe(llama, prompts, labels, **options).data().identical(first.data())
+    record["states"]["stack"] = "another.stack"
+    (tmp_path / "states.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match=r"holds states of something else \(stack: another.stack there"):
+        probe(llama, prompts, labels, **options)
+
+
 @pytest.mark.parametrize("kind", ["lda", "logistic"])
 def test_memory_is_that_of_one_site(kind: str, tmp_path: Path) -> None:
     import tracemalloc
@@ -342,6 +449,15 @@ def test_bad_input(llama: ll.Model) -> None:
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         ({"a": x}, y[:-1], {}, "there are 29 labels for 30 rows"),
         ({"a": x}, np.ones(30), {}, "all labels are 1.0"),
+        ({"a": x}, [*y[:-1], pd.NA], {}, "label 29 is missing"),
+        ({"a": x}, [*y[:-1], None], {}, "label 29 is missing"),
+        ({"a": x}, [y[:3]] * 30, {}, "label 0 is a ndarray: give texts or whole numbers"),
+        ({"a": x}, [torch.zeros(3)] * 30, {}, "label 0 is a Tensor: give texts or whole numbers"),
+        ({"a": x}, [(0, [1])] * 30, {}, "label 0 is a tuple: give texts or whole numbers"),
+        ({"a": x}, y, {"groups": [pd.NA] * 30}, "entry of groups= 0 is missing"),
+        ({"a": x}, y, {"classes": 5}, "classes= is 5: give a list of all labels"),
+        ({"a": x}, y, {"classes": "012"}, "classes= is '012': give a list of all labels"),
+        ({"a": x}, y, {"classes": [0, 1, [2]]}, "entry of classes= 2 is a list"),
         ({"a": x}, y, {"classes": [0, 1, 2, 3]}, "no row has the label 3"),
         ({"a": x}, y, {"groups": [0, 1]}, "there are 2 groups= for 30 rows"),
         ({"a": x}, y, {"types": [0, 1]}, "there are 2 types= for 30 rows"),

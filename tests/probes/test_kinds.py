@@ -241,6 +241,16 @@ def test_bad_input() -> None:
             ask()
     with pytest.raises(InputError, match="there are 3 values for 30 rows"):
         fit_regression(x, [1.0, 2.0, 3.0])
+    strange: list[tuple[Any, str]] = [
+        ("1", "penalty is '1'; it must be a number above 0"),
+        (None, "penalty is None; it must be a number above 0"),
+        (True, "penalty is True; it must be a number above 0"),
+        (float("nan"), "penalty is nan; it must be a number above 0"),
+        (0, "penalty is 0; it must be above 0"),
+    ]
+    for penalty, match in strange:
+        with pytest.raises(InputError, match=match):
+            fit_regression(x, np.arange(float(len(x))), penalty=penalty)
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

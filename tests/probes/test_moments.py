@@ -62,6 +62,10 @@ def test_relabelled_is_another_labelling_of_the_same_states() -> None:
     moments.update(x, y)
     again = moments.relabelled([(x[:50], other[:50]), (x[50:], other[50:])])
     np.testing.assert_allclose(again.fit("lda").scores(x), fit_probe("lda", x, other).scores(x), atol=1e-6)
+    before = moments.scatter.copy()
+    again.update(x, other)  # neither shares what is added to
+    moments.present()[0].update(x, y)
+    np.testing.assert_array_equal(moments.scatter, before)
 
 
 def test_bad_input() -> None:

@@ -133,8 +133,26 @@ def test_separability_by_hand() -> None:
     assert points.ratio == points.fisher == float("inf")
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_separability_does_not_change_with_the_unit(shrinkage: float) -> None:
+    x, y = planted.linear(120)
+    expected = separability(x, y, shrinkage=shrinkage)
+    for unit in (1e-9, 1e9):
+        found = separability(unit * x, y, shrinkage=shrinkage)
+        assert found.fisher == pytest.approx(expected.fisher, rel=1e-4)
+        assert found.ratio == pytest.approx(expected.ratio, rel=1e-4)
+
+
 def test_bad_input(llama: ll.Model) -> None:
     x, y = planted.linear(20)
+    prompts = [zoo.ids(4, seed=s) for s in range(3)]
+    kept = ll.capture(llama, prompts, positions=-1)
+
+    def constant() -> StreamedCKA:
+        stream = StreamedCKA()
+        stream.update(np.full((20, 3), 0.1), x)  # whose mean is not 0.1 to the last digit
+        return stream
+
     cases: list[tuple[Any, str]] = [
         (lambda: cka(x, x[:5]), "there are 20 rows and 5"),
         (lambda: cka(x, np.ones((20, 3))), "all rows of the states are the same"),
@@ -144,6 +162,11 @@ def test_bad_input(llama: ll.Model) -> None:
         (lambda: similarity({"a": x}, {"b": x[:4]}), "there are 20 rows and 4"),
         (lambda: similarity({"a": x}, batch=3), "batch is 3; it must be from 4 to the number of rows, 20"),
         (lambda: similarity({"a": np.ones((20, 3))}, batch=5), "do not vary within batches"),
+        (lambda: constant().value, "do not vary within batches"),
+        (lambda: similarity({"a": x}, sites="a"), "sites= goes with a model; these are states already"),
+        (lambda: similarity({"a": x}, {"a": x}, positions=-1), "positions= goes with a model"),
+        (lambda: similarity(kept, inputs=prompts), "inputs= goes with a model"),
+        (lambda: similarity(kept, sites="0.resid_pre"), "sites= goes with a model"),
         (lambda: similarity(llama), "of a model needs inputs="),
         (lambda: similarity(x), "give Activations"),
         (lambda: similarity({"a": x, "b": x[:3]}), r"the states of b have the shape \[3, 16\], those of a \[20, 16\]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,6 +62,15 @@ def test_seeds() -> None:
     assert parts[0] == parts[1] != parts[2]
 
 
+def test_folds_of_other_libraries() -> None:
+    codes = np.arange(40) % 2
+    for folds in (np.int64(4), np.array(4), torch.tensor(4)):
+        found = split(np.arange(40), codes, folds, 0)  # type: ignore[arg-type]
+        assert found.held == (0, 1, 2, 3)
+    assert split(np.arange(40), codes, float(np.float32(0.25)), 0).held == (1,)
+    assert split(np.arange(40), codes, np.float32(0.25), 0).held == (1,)  # type: ignore[arg-type]
+
+
 def test_bad_input() -> None:
     groups, codes = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
     for folds, match in [
@@ -92,17 +102,50 @@ def test_a_control_is_one_label_a_type_with_the_same_frequencies() -> None:
     assert len(set(mixed)) > 2
 
 
-def test_permutations_keep_groups_and_parts() -> None:
+def test_permutations_move_labels_among_groups() -> None:
     groups = np.repeat(np.arange(30), 4)
     codes = np.repeat(np.arange(30) % 3, 4)
-    part = np.repeat(np.arange(30) % 5, 4)
-    for found in chance.permuted_codes(groups, codes, part, 5, 0):
+    some, how = chance.permuted_codes(groups, codes, 5, 0)
+    assert how == "labels among groups"
+    for found in some:
         assert all(len(set(found[groups == g])) == 1 for g in range(30))
-        for p in range(5):
-            assert (np.bincount(found[part == p]) == np.bincount(codes[part == p])).all()
+        assert (np.bincount(found) == np.bincount(codes)).all()
         assert (found != codes).any()
-    rows = np.arange(120) % 2  # not constant in a group: rows are exchanged
-    assert any(len(set(chance.permuted_codes(groups, rows, part, 1, 0)[0][groups == g])) > 1 for g in range(30))
+    again, _ = chance.permuted_codes(groups, codes, 5, 0)
+    np.testing.assert_array_equal(some, again)
+
+
+def test_one_row_with_another_label_does_not_free_the_rows() -> None:
+    """Labels of whole groups stay together, and stay among groups of as many rows."""
+    groups = np.repeat(np.arange(20), np.where(np.arange(20) < 10, 4, 6))
+    codes = groups % 2
+    codes[3] = 1 - codes[3]
+    some, how = chance.permuted_codes(groups, codes, 19, 0)
+    assert how == "labels of whole groups among those of equal size"
+    blocks = [tuple(codes[groups == g]) for g in range(20)]
+    for found in some:
+        moved = [tuple(found[groups == g]) for g in range(20)]
+        assert sorted(moved[:10]) == sorted(blocks[:10])
+        assert sorted(moved[10:]) == sorted(blocks[10:])
+    assert len({tuple(found) for found in some}) == 19
+
+
+def test_pairs_are_permuted_within() -> None:
+    """Each group has one row of each label: groups can exchange nothing."""
+    groups = np.repeat(np.arange(12), 2)
+    codes = np.arange(24) % 2
+    some, how = chance.permuted_codes(groups, codes, 19, 0)
+    assert how == "labels of rows within groups"
+    for found in some:
+        assert all(sorted(found[groups == g]) == [0, 1] for g in range(12))
+    assert len({tuple(found) for found in some}) > 15
+
+
+def test_what_cannot_be_permuted_is_refused() -> None:
+    groups = np.array([0, 1, 1, 2, 2, 2, 3, 3, 3, 3])  # all of another size, one with two labels
+    some, why = chance.permuted_codes(groups, np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0]), 99, 0)
+    assert some == []
+    assert why.startswith("nothing: groups have several labels each")
 
 
 def test_ranks_by_hand() -> None:
@@ -124,14 +167,22 @@ def test_the_interval_is_that_of_resampled_groups() -> None:
     assert narrow[1][0] - narrow[0][0] < 0.5 * (high[0] - low[0])
 
 
-def test_majority_and_overlap_by_hand() -> None:
+def test_baseline_and_overlap_by_hand() -> None:
     codes = np.array([0, 0, 0, 1, 1, 2])
     found = split(np.arange(6), codes, 2, 0)
-    right = seen = 0
+    seen = 0
     for fold in (0, 1):
         train = codes[found.part != fold].tolist()
-        top = max(range(3), key=lambda c: (train.count(c), -c))
-        right += sum(c == top for c in codes[found.part == fold])
         seen += sum(c in train for c in codes[found.part == fold])
-    assert chance.majority(codes, found, 3, 1) == (right / 6, seen / 6)
+    assert chance.label_overlap(codes, found) == seen / 6
     assert seen == 5  # the one row of class 2 is never trained on when it is held out
+    assert [chance.baseline(codes, found, k) for k in (1, 2, 3)] == [3 / 6, 5 / 6, 1]
+    share = split(np.arange(6), codes, 0.5, 0)
+    held = codes[share.part == 1]
+    assert chance.baseline(codes, share, 1) == np.bincount(held).max() / len(held)
+
+
+def test_the_baseline_of_balanced_labels_is_not_below_their_share() -> None:
+    """Where one row at a time is held out, its label is always the rarer one of the training part."""
+    codes = np.arange(20) % 2
+    assert chance.baseline(codes, split(np.arange(20), codes, 20, 0), 1) == 0.5

@@ -45,7 +45,7 @@ def test_the_table_has_a_row_for_each_site(report: ProbeReport) -> None:
         ):
             assert f"{row[name]:.3f} [{row[low]:.3f}, {row[high]:.3f}]" in line
         assert line.endswith(f"{row['p']:.3f}")
-    assert f"most frequent class: {report.baseline:.3f}" in text
+    assert f"most frequent class: {report.baseline:.3f}; 95 % intervals over 150 held-out groups" in text
     data = report.data()
     assert float(data.accuracy.sel(site="1.resid_post")) == report.accuracy[2]
     assert float(data.baseline) == report.baseline

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from math import lgamma, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,39 +23,83 @@ def control_codes(types: Codes, codes: Codes, seed: int) -> Codes:
     return draw.permutation(_drawn(types, codes, draw))[types]
 
 
-def permuted_codes(groups: Codes, codes: Codes, part: Codes, count: int, seed: int) -> list[Codes]:
-    """``count`` permutations of labels: among groups where each group has one label, else among rows.
+def permuted_codes(groups: Codes, codes: Codes, count: int, seed: int) -> tuple[list[Codes], str]:
+    """``count`` permutations of labels that keep groups together, and in words what is permuted.
 
-    Labels stay in their part of the split, so that a permutation is spread over the parts as the labels are; otherwise
-    the real labels would be told by that alone.
+    Rows of one group are not independent, so labels never move row by row between groups. The first of these that can
+    be done is:
+
+    * each group has one label: labels are permuted among all groups;
+    * else the labels of a whole group, in their order, are exchanged with those of other groups of as many rows; a
+      group of a size of its own keeps its labels. Both test whether the labels of groups have to do with their states;
+    * else labels are permuted among the rows of each group, which tests whether labels have to do with states within
+      groups.
+
+    The last two need at least 20 arrangements (or ``count + 1``, if that is fewer) for a p-value to say anything.
+
+    Returns:
+        The labellings, and what was done; none, and why, where labels cannot be permuted.
     """
     draw = np.random.default_rng([seed, 2])
-    first = _drawn(groups, codes, draw)
-    units = groups if (first[groups] == codes).all() else np.arange(len(codes))
-    names, firsts = np.unique(units, return_index=True)
-    place = np.searchsorted(names, units)
-    own, home = codes[firsts], part[firsts]
-    members = [np.flatnonzero(home == p) for p in np.unique(home)]
-    found: list[Codes] = []
-    for _ in range(count):
-        moved = own.copy()
-        for some in members:
-            moved[some] = own[draw.permutation(some)]
-        found.append(moved[place])
-    return found
+    _, firsts, place, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    own = codes[firsts]
+    if (own[place] == codes).all():
+        return [draw.permutation(own)[place] for _ in range(count)], "labels among groups"
+    members = np.split(np.argsort(place, kind="stable"), np.cumsum(sizes)[:-1])  # the rows of each group
+    enough = log(min(20, count + 1)) - 1e-9
+    by_size: dict[int, list[Codes]] = {}
+    for rows in members:
+        by_size.setdefault(len(rows), []).append(rows)
+    alike = list(by_size.values())
+    # Without the order in them, so that neither way of permuting changes which one is chosen.
+    blocks = [[tuple(sorted(codes[rows].tolist())) for rows in some] for some in alike]
+    if sum(map(_arrangements, blocks)) >= enough:
+        how = "labels of whole groups among those of equal size"
+        return [_exchanged(alike, codes, draw) for _ in range(count)], how
+    if sum(_arrangements(codes[rows].tolist()) for rows in members) >= enough:
+        found: list[Codes] = []
+        for _ in range(count):
+            moved = codes.copy()
+            for rows in members:
+                moved[rows] = codes[draw.permutation(rows)]
+            found.append(moved)
+        return found, "labels of rows within groups"
+    return [], (
+        "nothing: groups have several labels each, and there are too few ways to exchange them between groups of "
+        "equal size, or within groups"
+    )
 
 
-def majority(codes: Codes, split: Split, classes: int, top_k: int) -> tuple[float, float]:
-    """Accuracy of always naming the most frequent labels; and the share of held-out rows whose label was trained on."""
-    right = seen = total = 0
+def _exchanged(alike: Sequence[Sequence[Codes]], codes: Codes, draw: np.random.Generator) -> Codes:
+    """Labels of whole groups exchanged among those of equal size."""
+    moved = codes.copy()
+    for some in alike:
+        for rows, other in zip(some, draw.permutation(len(some)), strict=True):
+            moved[rows] = codes[some[other]]
+    return moved
+
+
+def _arrangements(values: Sequence[Hashable]) -> float:
+    """Logarithm of the number of different orders of some values."""
+    return lgamma(len(values) + 1) - sum(lgamma(times + 1) for times in Counter(values).values())
+
+
+def baseline(codes: Codes, split: Split, top_k: int) -> float:
+    """Accuracy of always naming the ``top_k`` labels that are the most frequent ones among all held-out rows.
+
+    Those of the training part would not do: with labels spread evenly they are the rarer ones of the held-out part.
+    """
+    counts = np.sort(np.bincount(codes[split.rows]))[::-1]
+    return float(counts[:top_k].sum() / counts.sum())
+
+
+def label_overlap(codes: Codes, split: Split) -> float:
+    """Share of held-out rows whose label was trained on."""
+    seen = 0
     for fold in split.held:
         held = split.part == fold
-        counts = np.bincount(codes[~held], minlength=classes)
-        top = np.argsort(-counts, kind="stable")[:top_k]
-        right += int(np.isin(codes[held], top).sum())
-        seen += int((counts[codes[held]] > 0).sum())
-        total += int(held.sum())
-    return right / total, seen / total
+        seen += int(np.isin(codes[held], codes[~held]).sum())
+    return seen / len(split.rows)
 
 
 def bootstrap(

@@ -67,7 +67,10 @@ def probe(
         classes: all classes; by default the labels that there are.
         unseen: what is done where a label is missing from a training part: ``refuse``, or ``count`` the rows as wrong.
         control: whether the control task is run.
-        permutations: how often the labels are permuted and all is fitted again, for a p-value.
+        permutations: how often the labels are permuted, split and fitted again, for a p-value. Where each group has
+            one label, labels move among groups; else those of whole groups move among groups of as many rows, or,
+            where that changes too little, labels move within groups. The report's ``about["permuted"]`` says which;
+            p is NaN where none can be done.
         resamples: bootstrap resamples of the intervals.
         seed: of splits, control labels, permutations, resamples and fits.
         folder: write the states into a file there, and read one site at a time: memory does not grow with prompts
@@ -217,20 +220,26 @@ class _Plan:
         self.sets = [self.codes]
         if self.control:
             self.sets.append(chance.control_codes(kinds, self.codes, self.seed))
-        self.sets += chance.permuted_codes(self.groups, self.codes, self.split.part, self.permutations, self.seed)
+        permuted, how = chance.permuted_codes(self.groups, self.codes, self.permutations, self.seed)
+        # A split is chosen by the labels, so each permutation is split anew: all that is done with the labels is.
+        self.splits = [self.split] * len(self.sets)
+        self.splits += [split(self.groups, codes, folds, self.seed) for codes in permuted]
+        self.sets += permuted
         self.about: dict[str, Any] = {
             "kind": kind,
             "options": self.options,
             "seed": self.seed,
-            "folds": folds,
+            "folds": float(folds) if isinstance(folds, float | np.floating) else int(folds),
             "top_k": self.top_k,
             "classes": list(self.classes),
             "rows": rows,
             "groups": int(self.groups.max()) + 1,
             "types": int(kinds.max()) + 1,
             "held_out": len(self.split.rows),
+            "held_out_groups": len(np.unique(self.groups[self.split.rows])),
             "unseen": unseen,
             "permutations": self.permutations,
+            **({"permuted": how} if self.permutations else {}),
             "resamples": self.resamples,
         }
 
@@ -239,11 +248,13 @@ class _Plan:
         held = self.split.rows
         first = 1 + int(self.control)
         right = np.zeros((len(states.sites), first, len(held)))
-        others = np.zeros((self.permutations, len(states.sites)))
+        others = np.zeros((len(self.sets) - first, len(states.sites)))
         for i in range(len(states.sites)):
-            found = self._right(states.read(i))[:, held]
-            right[i] = found[:first]
-            others[:, i] = found[first:].mean(axis=1)
+            found = self._right(states.read(i))
+            right[i] = [own[held] for own in found[:first]]
+            others[:, i] = [
+                own[parts.rows].mean() for own, parts in zip(found[first:], self.splits[first:], strict=True)
+            ]
             progress(i + 1)
         none = np.full(len(states.sites), np.nan)
         series = [right[:, 0]] + ([right[:, 1], right[:, 0] - right[:, 1]] if self.control else [])
@@ -251,51 +262,50 @@ class _Plan:
         means = [s.mean(axis=1) for s in series] + [none] * (3 - len(series))
         lows = [*np.split(low, len(series)), none, none][:3]
         highs = [*np.split(high, len(series)), none, none][:3]
-        baseline, overlap = chance.majority(self.codes, self.split, len(self.classes), self.top_k)
-        p = chance.p_values(means[0], list(others)) if self.permutations else none
+        p = chance.p_values(means[0], list(others)) if len(others) else none
         return ProbeReport(
             states.sites,
             *(means[0], lows[0], highs[0]),
             *(means[1], lows[1], highs[1]),
             *(means[2], lows[2], highs[2]),
             p,
-            baseline,
-            overlap,
+            chance.baseline(self.codes, self.split, self.top_k),
+            chance.label_overlap(self.codes, self.split),
             self.about | about | {"versions": _versions(self.kind)},
         )
 
-    def _right(self, states: Matrix) -> NDArray[np.bool_]:
-        """[label sets, rows]: whether the label was among the first; False for rows that are never held out."""
-        found = np.zeros((len(self.sets), len(states)), dtype=bool)
-        sums = self._sums(states) if self.kind in CLOSED else []
-        for fold in self.split.held:
-            held = self.split.part == fold
-            test = states[held]
-            train = None if sums else states[~held]
-            for s, codes in enumerate(self.sets):
-                scores, which = self._scores(sums[s], fold, test) if sums else self._fit(train, codes[~held], test)
-                found[s, held] = chance.ranks(scores, codes[held], which) <= self.top_k
+    def _right(self, states: Matrix) -> list[NDArray[np.bool_]]:
+        """For each set of labels [rows]: whether the label was among the first; False for rows never held out."""
+        found: list[NDArray[np.bool_]] = []
+        first: list[Moments] = []
+        for codes, parts in zip(self.sets, self.splits, strict=True):
+            own = np.zeros(len(states), dtype=bool)
+            sums: list[Moments] = []
+            if self.kind in CLOSED:
+                # Outer products are taken once for all labels that are split alike.
+                sums = self._sums(states, codes, parts, first if parts is self.split else [])
+                first = first or sums
+            for fold in parts.held:
+                held = parts.part == fold
+                test = states[held]
+                scores, which = self._scores(sums, fold, test) if sums else self._fit(states[~held], codes[~held], test)
+                own[held] = chance.ranks(scores, codes[held], which) <= self.top_k
+            found.append(own)
         return found
 
-    def _sums(self, states: Matrix) -> list[list[Moments]]:
-        """For each set of labels and part, its sums; outer products are taken once, and shared by all sets."""
-        parts: list[Moments] = []
-        for part in range(self.split.parts):
+    def _sums(self, states: Matrix, codes: Codes, parts: Split, known: Sequence[Moments]) -> list[Moments]:
+        """For each part its sums; ``known`` are those of the same parts with other labels, if there are any."""
+        found: list[Moments] = []
+        for part in range(parts.parts):
+            batches = _batches(states, codes, np.flatnonzero(parts.part == part))
+            if known:
+                found.append(known[part].relabelled(batches))
+                continue
             own = Moments.empty(range(len(self.classes)), states.shape[1])
-            for some, codes in self._batches(states, part, self.codes):
-                own.add(some, codes)
-            parts.append(own)
-        again = [
-            [own.relabelled(self._batches(states, part, codes)) for part, own in enumerate(parts)]
-            for codes in self.sets[1:]
-        ]
-        return [parts, *again]
-
-    def _batches(self, states: Matrix, part: int, codes: Codes) -> Iterator[tuple[Matrix, Codes]]:
-        rows = np.flatnonzero(self.split.part == part)
-        for start in range(0, len(rows), BATCH):
-            some = rows[start : start + BATCH]
-            yield states[some], codes[some]
+            for some, labels in batches:
+                own.add(some, labels)
+            found.append(own)
+        return found
 
     def _scores(self, parts: list[Moments], fold: int, test: Matrix) -> tuple[NDArray[np.float64], Codes]:
         """Scores of held-out states by a fit on the sums of the other parts, and which classes they are of."""
@@ -308,9 +318,8 @@ class _Plan:
             return np.zeros((len(test), 1)), which
         return CLOSED[self.kind](seen, **self.options).scores(test), which
 
-    def _fit(self, train: Matrix | None, codes: Codes, test: Matrix) -> tuple[NDArray[np.float64], Codes]:
+    def _fit(self, train: Matrix, codes: Codes, test: Matrix) -> tuple[NDArray[np.float64], Codes]:
         """The same by a fit on states."""
-        assert train is not None
         which, inner = np.unique(codes, return_inverse=True)
         if len(which) == 1:  # a control or a permutation can leave one class only
             return np.zeros((len(test), 1)), which
@@ -329,6 +338,12 @@ class _Plan:
                     f"group{'s have' if count > 1 else ' has'}: give more groups with it, leave it out, or count its "
                     'rows as wrong with unseen="count"'
                 )
+
+
+def _batches(states: Matrix, codes: Codes, rows: NDArray[np.int64]) -> Iterator[tuple[Matrix, Codes]]:
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        yield states[some], codes[some]
 
 
 def _places(position: Any, prompts: Sequence[Encoded]) -> list[int]:

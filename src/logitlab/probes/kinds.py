@@ -82,9 +82,10 @@ def fit_probe(
         labels: one a row.
         classes: the order of the classes; by default sorted.
         seed: of ``mlp``; the other kinds draw nothing.
-        options: ``penalty`` (logistic, ridge: weight of the squared norm of the standardised weights, 1),
-            ``iterations`` (logistic: at most, 1000), ``shrinkage`` (lda: from 0 to 1, 0.1); for mlp ``hidden`` (1024),
-            ``epochs`` (30), ``rate`` (1e-3), ``decay`` (1e-4), ``dropout`` (0.1), ``batch`` (all rows).
+        options: ``penalty`` (1; the squared norm of the standardised weights is added ``penalty`` times for ridge, and
+            ``penalty / 2`` times for logistic), ``iterations`` (logistic: at most, 1000), ``shrinkage`` (lda: from 0 to
+            1, 0.1); for mlp ``hidden`` (1024), ``epochs`` (30), ``rate`` (1e-3), ``decay`` (1e-4), ``dropout`` (0.1),
+            ``batch`` (all rows).
 
     Raises:
         InputError: an unknown kind or option, labels of another number, one class only, states that are NaN, or

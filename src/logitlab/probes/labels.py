@@ -34,7 +34,7 @@ def label_codes(labels: Any, rows: int, classes: Sequence[Any] | None = None) ->
     real = next((v for v in given if isinstance(v, float) and not v.is_integer()), None)
     if real is not None:
         raise InputError(f"label {real} is a real number: cut it into classes, or use probes.fit_regression()")
-    names = _sorted(set(given)) if classes is None else tuple(_plain(c) for c in classes)
+    names = _sorted(set(given)) if classes is None else _listed(classes)
     if len(set(names)) < len(names):
         raise InputError("classes= names a class twice")
     number = {name: i for i, name in enumerate(names)}
@@ -100,11 +100,32 @@ def _values(values: Any, rows: int, one: str, many: str) -> list[Hashable]:
         raise InputError(f"there are {len(listed)} {many} for {rows} rows: give one for each")
     found = [_plain(v) for v in listed]
     for n, value in enumerate(found):
-        if value is None or value != value:
-            raise InputError(f"{one} {n} is missing ({value}): leave that row out")
-        if not isinstance(value, Hashable):
+        if not _hashable(value):
             raise InputError(f"{one} {n} is a {type(value).__name__}: give texts or whole numbers")
+        if _missing(value):
+            raise InputError(f"{one} {n} is missing ({value}): leave that row out")
     return found
+
+
+def _listed(classes: Any) -> tuple[Hashable, ...]:
+    if isinstance(classes, str) or not hasattr(classes, "__len__"):
+        raise InputError(f"classes= is {classes!r}: give a list of all labels")
+    return tuple(_values(classes, len(classes), "entry of classes=", "classes="))
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return getattr(value, "ndim", 0) == 0  # tensors have a hash, but by what they are, not by what is in them
+
+
+def _missing(value: Any) -> bool:
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # pandas.NA does not know whether it is itself
+        return True
 
 
 def _plain(value: Any) -> Any:

@@ -170,7 +170,10 @@ def fit_regression(states: Any, values: Any, *, penalty: float = 1.0) -> Regress
     numbers = matrix(np.asarray(values).reshape(-1, 1), "the values")[:, 0].astype(np.float64)
     if len(numbers) != len(given):
         raise InputError(f"there are {len(numbers)} values for {len(given)} rows: give one for each")
-    if not (math.isfinite(penalty) and penalty > 0):
+    number: Any = penalty
+    if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not math.isfinite(number):
+        raise InputError(f"penalty is {number!r}; it must be a number above 0")
+    if penalty <= 0:
         raise InputError(f"penalty is {penalty}; it must be above 0")
     rows = given.astype(np.float64)
     # Any two labels will do: only the mean, the deviation and the scatter are used.

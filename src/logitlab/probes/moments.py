@@ -118,7 +118,12 @@ class Moments:
 
     def relabelled(self, batches: Iterable[tuple[NDArray[Any], Codes]]) -> Moments:
         """The same states with other labels: outer products stay, only sums by class are taken anew."""
-        found = replace(self, counts=np.zeros_like(self.counts), sums=np.zeros_like(self.sums))
+        found = replace(
+            self,
+            counts=np.zeros_like(self.counts),
+            sums=np.zeros_like(self.sums),
+            scatter=self.scatter.copy(),  # these are added to in place
+        )
         for states, codes in batches:
             found.add(states, codes, scatter=False)
         return found
@@ -127,7 +132,10 @@ class Moments:
         """The sums of those classes that have rows, and their numbers."""
         (which,) = self.counts.nonzero()
         names = tuple(self.classes[i] for i in which)
-        return replace(self, classes=names, counts=self.counts[which], sums=self.sums[which]), which
+        found = replace(
+            self, classes=names, counts=self.counts[which], sums=self.sums[which], scatter=self.scatter.copy()
+        )
+        return found, which
 
     def fit(self, kind: str, **options: Any) -> LinearProbe:
         """A probe of kind ``ridge``, ``lda`` or ``mean-difference``; the same as from the states themselves.

@@ -24,7 +24,9 @@ class ProbeReport:
     Intervals are 95 % percentile intervals over bootstrap resamples of the held-out groups. They say how far other
     held-out groups would change the numbers, not what another draw of control labels or other training rows would.
     Folds share training rows, so with ``folds=5`` the intervals are a little narrow (on noise about nine of ten hold
-    the truth); with one held-out share, ``folds=0.3``, they are not.
+    the truth). With one held-out share, ``folds=0.3``, about 0.95 of them hold it only from 20 held-out groups on;
+    with fewer groups they are too narrow: in simulations of several kinds of groups 0.77 to 0.87 held it with 4 groups,
+    0.84 to 0.92 with 6, and 0.88 to 0.92 with 12.
 
     Attributes:
         sites: names of the sites, in order of depth.
@@ -38,8 +40,9 @@ class ProbeReport:
         selectivity_low: [sites].
         selectivity_high: [sites].
         p: [sites], ``(1 + n) / (1 + permutations)``, with n the permutations of the labels with which the probe did
-            as well or better; NaN without permutations. It is not corrected for the number of sites.
-        baseline: accuracy of always naming the most frequent labels of the training part.
+            as well or better; NaN without permutations, or where labels cannot be permuted. ``about["permuted"]``
+            says what was permuted. It is not corrected for the number of sites.
+        baseline: accuracy of always naming the ``top_k`` most frequent labels of the held-out rows.
         label_overlap: share of held-out rows whose label occurs in the training part; others cannot be right.
         about: how it came about: kind, options, splits, seed, model, versions. Plain values.
 

@@ -61,7 +61,8 @@ def separability(states: Any, labels: Any, *, shrinkage: float = 0.1, silhouette
         ratio = fisher = float("inf")
     else:
         ratio = float(np.trace(between)) / trace
-        used = shrunk(within, amount) if amount else within
+        # Over the trace: what counts as rounding there does not depend on the unit of the states.
+        used = trace * shrunk(within / trace, amount) if amount else within
         if np.linalg.cond(used) > 1e12:
             raise InputError("the scatter within classes is singular: give more rows, or a shrinkage above 0")
         fisher = float(np.trace(np.linalg.solve(used, between)))

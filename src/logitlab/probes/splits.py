@@ -77,7 +77,7 @@ def split(groups: Codes, codes: Codes, folds: int | float, seed: int) -> Split:
     empty = np.flatnonzero(filled[:, names] == 0)
     if len(empty):
         raise InputError(f"{count} groups of such sizes and labels cannot be put into {len(shares)} parts: give more")
-    return Split(where[groups], tuple(range(len(shares))) if isinstance(folds, int | np.integer) else (1,))
+    return Split(where[groups], (1,) if isinstance(folds, float | np.floating) else tuple(range(len(shares))))
 
 
 def _shares(folds: Any) -> NDArray[np.float64]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ from logitlab.models.inputs import Encoded
 from logitlab.models.sites import Site
 from logitlab.probes.labels import Matrix, matrix
 
-FILE, RECORD = "states.npy", "states.json"
+FILE, RECORD, LOCK = "states.npy", "states.json", ".lock"
 CHUNK = 256  # prompts that are captured before their states are written
 
 
@@ -101,21 +103,37 @@ def file_states(
         progress: called with the number of prompts done.
 
     Raises:
-        InputError: the folder holds other states, or cannot be written.
+        InputError: the folder holds other states, or cannot be written, or another run writes there.
     """
     folder = Path(folder)
     asked = repr([(key_of(p), at) for p, at in zip(prompts, positions, strict=True)])
     about = {
         "fingerprint": model.fingerprint,
+        "stack": model.stack.name,
         "sites": [str(s) for s in sites],
         "rows": len(prompts),
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
     }
+    with _alone(folder):
+        _write(model, prompts, sites, positions, folder, about, progress)
+    return Filed(folder / FILE, [str(s) for s in sites])
+
+
+def _write(
+    model: Model,
+    prompts: Sequence[Encoded],
+    sites: Sequence[Site],
+    positions: Sequence[int],
+    folder: Path,
+    about: dict[str, Any],
+    progress: Callable[[int], None],
+) -> None:
     done = _done(folder, about)
     path = folder / FILE
+    shape = (len(sites), len(prompts), model.width)
+    if not done:  # before the file is emptied, so that no record speaks of states that are gone
+        _record(folder, 0, about)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = (len(sites), len(prompts), model.width)
         array: Any = np.lib.format.open_memmap(
             path, "r+" if done else "w+", dtype=np.float32, shape=None if done else shape
         )
@@ -131,9 +149,37 @@ def file_states(
             array[i, some] = kept.stacked([site])[0].float().cpu().numpy()
         array.flush()
         # Only now: what the record calls done is in the file.
-        write_text(folder / RECORD, json.dumps({"done": some.stop, "states": about}) + "\n")
+        _record(folder, some.stop, about)
         progress(some.stop)
-    return Filed(path, [str(s) for s in sites])
+
+
+def _record(folder: Path, done: int, about: dict[str, Any]) -> None:
+    write_text(folder / RECORD, json.dumps({"done": done, "states": about}) + "\n")
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Make the folder, and keep other runs from writing there; the system lets go when the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a", encoding="ascii")
+    except OSError as error:
+        raise InputError(f"cannot write states to {folder}: {error}; give another folder") from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such lock
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(
+                    f"another run writes states to {folder}: wait for it, or give another folder"
+                ) from error
+            # else a file system without locks: there is none then
+        yield
 
 
 def _done(folder: Path, about: dict[str, Any]) -> int:

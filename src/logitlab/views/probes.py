@@ -106,7 +106,8 @@ def _title(report: ProbeReport) -> str:
 
 
 def _caption(report: ProbeReport) -> str:
-    words = f"most frequent class: {report.baseline:.3f}; 95 % intervals over {report.about.get('groups', 0):,} groups"
+    groups = f"{report.about.get('held_out_groups', 0):,} held-out groups"
+    words = f"most frequent class: {report.baseline:.3f}; 95 % intervals over {groups}"
     if report.label_overlap < 1:
         words += f"; {1 - report.label_overlap:.1%} of the rows held out have a label that was not trained on"
     return words
