@@ -173,3 +173,20 @@ def test_killed_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
         assert files(tmp_path) == ["a.txt"]
     write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_full_disk_under_safetensors(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    path = write_text(tmp_path / "a", "old")
+
+    def write(temporary: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error:\nNo space left on device (os error 28)")
+
+    with pytest.raises(ll.InputError) as caught:
+        write_atomically(path, write)
+    assert str(caught.value) == (
+        f"cannot write {path}: Error while serializing: I/O error: No space left on device (os error 28); "
+        "what was there before is unchanged, give another place"
+    )
+    assert (files(tmp_path), path.read_text()) == (["a"], "old")

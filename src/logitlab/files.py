@@ -46,9 +46,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         temporary.chmod(mode)
         temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
+        # A full disk under safetensors is no OSError; its class is known by name, since not everybody has loaded it.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged, give another place"
+            f"cannot write {path}: {why}; what was there before is unchanged, give another place"
         ) from error
     finally:
         if temporary is not None:

@@ -254,3 +254,23 @@ def test_ctrl_c(path: str, tmp_path: Path) -> None:
     assert err.decode().splitlines()[-1] == message
     assert spawn("study", "run", "toy", "--out", folder, PYTHONPATH=path).returncode == 0
     assert log(folder) == list(UNITS)
+
+
+def test_places_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, words in (
+        ("x" * 300, "File name too long; give another folder"),
+        ("~nosuchuser/run", "'~nosuchuser/run' is no path of a folder: "),
+    ):
+        for arguments in (("run", "toy", "--scale", "smoke", "--out", place), ("report", place)):
+            assert words in refused(capsys, "study", *arguments)
+    assert files(tmp_path) == []
+
+
+def test_home_is_expanded(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(capsys, "study", "run", "toy", "--scale", "smoke", "--out", "~/run")[0] == 0
+    assert run(capsys, "study", "report", "~/run")[0] == 0
+    assert (tmp_path / "run" / "report.html").is_file()

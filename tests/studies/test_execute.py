@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import pandas as pd
 import pytest
 
 import logitlab as ll
+from logitlab.interventions import intervene, scale
 from logitlab.studies import Claim, Finding, Parameter, Picture, Progress, Run, Step, Study, report, run_study
+from logitlab.studies.execute import _source
 from logitlab.studies.folder import RunFolder
 from tests.commands import files
 from tests.studies import toy
@@ -562,3 +566,184 @@ def test_another_model_is_refused(llama: ll.Model, checkpoint: Path, tmp_path: P
 def test_no_model_leaves_no_folder(tmp_path: Path) -> None:
     _refused(lambda: run_study(MODEL_STUDY, model=tmp_path / "nothing", out=tmp_path / "run"))
     assert files(tmp_path) == []
+
+
+def test_the_stack_tells_runs_apart(llama: ll.Model, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_study(MODEL_STUDY, model=llama, out=folder)
+    file = folder / "manifest.json"
+    record = json.loads(file.read_text())
+    assert record["model"]["stack"] == llama.stack.name
+    record["model"]["stack"] = "elsewhere"
+    file.write_text(json.dumps(record))
+    words = f"model: stack: elsewhere there, {llama.stack.name} here"
+    message = _refused(lambda: run_study(MODEL_STUDY, model=llama, out=folder))
+    assert message == f"{folder} holds another run ({words}): give another folder with --out, or the same arguments"
+    del record["model"]["stack"]  # an older version did not record it
+    file.write_text(json.dumps(record))
+    run_study(MODEL_STUDY, model=llama, out=folder)
+
+
+def test_no_study_under_an_intervention(llama: ll.Model, tmp_path: Path) -> None:
+    with intervene(llama, scale("0.resid_post", 0.5)):
+        message = _refused(lambda: run_study(MODEL_STUDY, model=llama, out=tmp_path / "run"))
+    assert message.startswith("an intervention is active on tiny-llama: run the study outside of intervene()")
+    assert files(tmp_path) == []
+    run_study(MODEL_STUDY, model=llama, out=tmp_path / "run")
+
+
+def test_what_is_no_model(llama: ll.Model, tmp_path: Path) -> None:
+    rest = "give a name, or logitlab.wrap(module, tokenizer), or a function that returns such"
+    for given, kind in (
+        (llama.module, "LlamaForCausalLM"),
+        (5, "int"),
+        (None, "NoneType"),
+        (lambda: llama.module, "LlamaForCausalLM"),
+    ):
+        message = _refused(lambda given=given: run_study(MODEL_STUDY, model=given, out=tmp_path / "run"))  # type: ignore[arg-type]
+        assert message == f"the model is a {kind}; {rest}"
+    assert files(tmp_path) == []
+
+
+# -- folders of others, and damage --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            lambda r, key=key: r.pop(key)
+            for key in ("steps", "sessions", "claims", "differs", "state", "model", "ended")
+        ),
+        lambda r: r["steps"]["squares"].update(tables=["../../secret"]),
+        lambda r: r["steps"]["squares"].update(tables=['a"><script>']),
+        lambda r: r["steps"]["squares"].update(tables=[3]),
+        lambda r: r["steps"]["squares"].pop("units"),
+        lambda r: r["steps"]["squares"].update(units=[{}]),
+        lambda r: r["steps"].update({"../x": r["steps"]["squares"]}),
+        lambda r: r.update(steps=[]),
+        lambda r: r.update(parameters={"a": 1}),
+        lambda r: r.update(model={}),
+        lambda r: r.update(sessions=[{}]),
+    ],
+)
+def test_manifests_of_others(change: Callable[[dict[str, Any]], Any], unbroken: Path, tmp_path: Path) -> None:
+    record = json.loads((unbroken / "manifest.json").read_text())
+    change(record)
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    words = f"{tmp_path / 'manifest.json'} is no manifest that this version of logitlab writes: give another folder"
+    assert _refused(lambda: report(tmp_path, study=STUDY)) == words
+    assert _refused(lambda: run_study(STUDY, out=tmp_path)) == words
+
+
+def test_a_run_that_has_done_nothing_gives_way(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def units(run: Run) -> list[str]:
+        if run.parameters.draws == 13:
+            raise ll.InputError("13 brings bad luck")
+        return list(UNITS)
+
+    study = _study(steps=[Step("draw", toy.draw, units=units)])
+    _refused(lambda: run_study(study, out=folder, set={"draws": 13}))
+    assert json.loads((folder / "manifest.json").read_text())["state"] == "interrupted"
+    result = run_study(study, out=folder, set={"draws": 12})
+    assert result.manifest["parameters"]["draws"]["value"] == 12
+    assert len(result.manifest["sessions"]) == 1
+    message = _refused(lambda: run_study(study, out=folder, set={"draws": 13}))
+    assert "holds another run (parameters: draws: 12 there, 13 here)" in message
+
+
+@pytest.mark.parametrize("kept", ["parts/draw/a.json", "arrays/a.safetensors"])
+def test_a_run_that_has_begun_to_keep_something_does_not(kept: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def units(run: Run) -> list[str]:
+        raise ll.InputError("no")
+
+    study = _study(steps=[Step("draw", toy.draw, units=units)])
+    _refused(lambda: run_study(study, out=folder))
+    (folder / kept).parent.mkdir(parents=True)
+    (folder / kept).write_text("")
+    assert "holds another run (seed: 0 there, 1 here)" in _refused(lambda: run_study(study, out=folder, seed=1))
+
+
+@pytest.mark.parametrize("call", [lambda path: run_study(STUDY, out=path), lambda path: report(path, study=STUDY)])
+def test_paths_that_cannot_be(call: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "File name too long; give another folder" in _refused(lambda: call(tmp_path / ("x" * 300)))
+    assert "'~nosuchuser/run' is no path of a folder: " in _refused(lambda: call("~nosuchuser/run"))
+    assert "is no path of a folder: " in _refused(lambda: call(5))
+    _refused(lambda: call("a\0b"))
+
+    def denied(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    message = _refused(lambda: call(tmp_path / "run"))
+    assert message == f"cannot look into {tmp_path / 'run'}: Permission denied; give another folder"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_where_a_folder_has_to_be(tmp_path: Path) -> None:
+    study = _study(pictures=[Picture("p", "", toy.picture)])
+    folder = tmp_path / "run"
+    run_study(STUDY, scale="smoke", out=folder)
+    (folder / "figures").write_text("mine")
+    assert _refused(lambda: report(folder, study=study)) == f"cannot make the folder {folder / 'figures'}: File exists"
+
+
+def test_a_damaged_table(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_study(STUDY, out=folder)
+    file = folder / "tables" / "draw-numbers.parquet"
+    file.write_bytes(b"")
+    study = _study(claims=[])
+    for call in (lambda: run_study(study, out=folder), lambda: report(folder, study=study)):
+        message = _refused(call)
+        assert message.startswith(f"{file} cannot be read: ")
+        assert message.endswith("; remove this file and run again: the same arguments make it anew")
+    file.unlink()
+    run_study(STUDY, out=folder)
+    assert _bytes(folder) == _bytes(unbroken)
+
+
+def test_tables_of_odd_names(tmp_path: Path) -> None:
+    clash = pd.DataFrame({"a": [1]}, index=pd.Index([2], name="a"))
+    for given, words in (
+        (clash, "step 'one' gives a table for 'its only unit' whose index cannot become a column: "),
+        ({7: pd.DataFrame({"a": [1]})}, "step 'one' gives a table called 7; use lower-case letters"),
+    ):
+        study = _study(steps=[Step("one", lambda run, unit, given=given: given)], claims=[])
+        assert _refused(lambda study=study: run_study(study, out=tmp_path / "run")).startswith(words)
+
+
+def test_a_finding_that_cannot_be_recorded(tmp_path: Path) -> None:
+    claims = [Claim("odd", "?", "?", "?", 0.0, lambda run: Finding("x", 0, 1, 3)), *toy.CLAIMS]  # type: ignore[arg-type]
+    folder = tmp_path / "run"
+    message = _refused(lambda: run_study(_study(claims=claims), scale="smoke", out=folder))
+    assert message == "a finding's value is 'x'; it must be a number"
+    record = json.loads((folder / "manifest.json").read_text())
+    assert [c["verdict"] for c in record["claims"]][:2] == ["the measure failed", "reproduced"]
+
+
+def test_the_source_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Path) -> None:
+    package = tmp_path / "abroad"
+    package.mkdir()
+    texts = {"__init__.py": "", "help.py": "x = 1", "steps.py": "def do(run, unit): ...", "notes.txt": "no code"}
+    for name, text in texts.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    study = _study(steps=[Step("one", import_module("abroad.steps").do)])
+    first = _source(study)
+    digest = hashlib.sha256()
+    for name in ("__init__.py", "help.py", "steps.py"):
+        for part in (name.encode(), (package / name).read_bytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    assert first == digest.hexdigest()
+    (package / "help.py").write_text("x = 2")  # not the file of the step itself
+    assert _source(study) != first
+    assert _source(_study(steps=[Step("one", print)])) is None  # type: ignore[arg-type]
+    (session,) = json.loads((unbroken / "manifest.json").read_text())["sessions"]
+    assert session["source"] == _source(STUDY)
+    assert {"scikit-learn", "scipy"} <= set(session["versions"])

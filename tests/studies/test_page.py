@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import html
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from logitlab.studies import Claim, Finding, Parameter, Picture, Step, run_study
-from logitlab.studies.page import FIRST_ROWS, number
+from logitlab.studies import Claim, Finding, Parameter, Picture, Step, report, run_study
+from logitlab.studies.folder import RunFolder
+from logitlab.studies.page import FIRST_ROWS, number, page
 from tests.studies.toy import STUDY, picture
 
 EVIL = '</style><script>alert("1")</script><img src=x onerror=alert(1)>&amp;\u202e\x1b[31m\ud800'
@@ -200,3 +202,68 @@ def test_an_unbounded_interval(tmp_path: Path) -> None:
     claim = Claim("wide", "?", "?", "?", 0.0, lambda run: Finding(1.0, float("-inf"), float("inf"), 1))
     run_study(dataclasses.replace(STUDY, claims=[claim]), scale="smoke", out=tmp_path / "run")
     assert "1 [−∞, ∞], n = 1" in _page(tmp_path / "run")[1].text
+
+
+def test_names_of_tables_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if such a name came past the manifest's check."""
+    folder = tmp_path / "run"
+    run_study(STUDY, scale="smoke", out=folder)
+    name = '"><script>alert(1)</script> &'
+    run = RunFolder.read(folder)
+    run.record["steps"]["squares"]["tables"] = [name]
+    monkeypatch.setattr(RunFolder, "table", lambda self, name: pd.DataFrame({"a": [1]}))
+    shown = _Page(page(STUDY, run, ()))
+    assert {tag for tag, _ in shown.tags} <= TAGS
+    links = [a["href"] for tag, a in shown.tags if tag == "a"]
+    assert "tables/%22%3E%3Cscript%3Ealert%281%29%3C/script%3E%20%26.parquet" in links
+    assert f"tables/{name}.parquet" in shown.text
+
+
+def test_what_changed_since_the_run_began(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_study(STUDY, scale="smoke", out=folder)
+    before = _page(folder)[1].text
+    assert "since the run began" not in before
+    positive, small, rare = STUDY.claims
+    claims = [
+        dataclasses.replace(positive, threshold=-5.0),
+        dataclasses.replace(small, test="another test", side="above"),
+        dataclasses.replace(positive, name="new"),
+    ]
+    for _ in range(2):  # the first report does not become what the second one compares with
+        result = report(folder, study=dataclasses.replace(STUDY, claims=claims))
+        notes = {name: claim.note for name, claim in result.claims.items()}
+        assert notes["positive"] == "changed since the run began (was: normal interval, above 0)"
+        assert notes["small"].startswith("changed since the run began (was: normal interval, below 0.5)")
+        assert notes["new"].startswith("added since the run began")
+        text = _page(folder)[1].text
+        assert "changed since the run began (was: normal interval, above 0)" in text
+        assert f"Claims that were there when the run began, and are no more: {rare.name}." in text
+    kept = json.loads((folder / "manifest.json").read_text())
+    assert kept["claims"][0]["note"] == notes["positive"]
+    assert kept["tests"]["positive"] == {"test": "normal interval", "side": "above", "threshold": 0.0}
+    report(folder, study=STUDY)
+    assert _page(folder)[1].text == before
+    del kept["tests"]  # of an older version
+    (folder / "manifest.json").write_text(json.dumps(kept))
+    changed = report(folder, study=dataclasses.replace(STUDY, claims=claims))
+    assert not any("since the run began" in outcome.note for outcome in changed.outcomes)
+
+
+def test_sessions_of_other_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_study(STUDY, scale="smoke", out=folder)
+    words = "The code of the study was changed while it ran"
+    for sources, warned in (
+        (["a" * 64, "a" * 64], False),
+        (["a" * 64, "b" * 64], True),
+        (["a" * 64, None], False),
+        (["a" * 64, ...], False),
+    ):
+        record = json.loads((folder / "manifest.json").read_text())
+        (first, *_) = record["sessions"]
+        given = [first | {"source": source} for source in sources]
+        record["sessions"] = [{k: v for k, v in session.items() if v is not ...} for session in given]
+        (folder / "manifest.json").write_text(json.dumps(record))
+        report(folder, study=STUDY)
+        assert (words in _page(folder)[1].text) is warned

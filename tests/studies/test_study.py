@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from logitlab.errors import InputError
@@ -98,6 +99,14 @@ def test_settings_that_are_none() -> None:
             {"parameters": {"a-b": Parameter(1, "")}},
             "study 'toy': a parameter is called 'a-b'; use letters, digits and _",
         ),
+        *(
+            (
+                {"parameters": {name: Parameter(1, "")}},
+                f"study 'toy': a parameter is called {name!r}, so run.parameters.{name} would not give it; "
+                "use another name",
+            )
+            for name in ("items", "keys", "values", "get", "class", "None")
+        ),
         (
             {"parameters": {"a": Parameter(1, "", small=math.nan)}},
             "study 'toy': parameter 'a' must be a finite number, text, true, false, null or a list of such",
@@ -125,3 +134,30 @@ def test_pieces_that_cannot_be() -> None:
         Claim("a", "", "", "", math.nan, mean_is_positive)
     with pytest.raises(InputError, match=r"a finding's interval ends before it begins: 1\.0 to 0\.5"):
         Finding(0.7, 1.0, 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("0.5", 0.0, 1.0, 3), "a finding's value is '0.5'; it must be a number"),
+        ((0.5, None, 1.0, 3), "a finding's low is 'None'; it must be a number"),
+        ((0.5, 0.0, np.ones(2), 3), "a finding's high is '[1. 1.]'; it must be a number"),
+        ((True, 0.0, 1.0, 3), "a finding's value is 'True'; it must be a number"),
+        ((0.5, 0.0, 1.0, 3.5), "a finding's n is '3.5'; it must be a whole number, at least 0"),
+        ((0.5, 0.0, 1.0, -1), "a finding's n is '-1'; it must be a whole number, at least 0"),
+        ((0.5, 0.0, 1.0, True), "a finding's n is 'True'; it must be a whole number, at least 0"),
+        ((0.7, 0.1, 0.4, 3), "a finding's value, 0.7, is outside of its interval: 0.1 to 0.4"),
+        ((0.7, 0.8, 0.9, 3), "a finding's value, 0.7, is outside of its interval: 0.8 to 0.9"),
+    ],
+)
+def test_findings_that_cannot_be(given: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Finding(*given)
+    assert str(error.value) == message
+
+
+def test_findings_that_can_be() -> None:
+    nan, inf = math.nan, math.inf
+    assert Finding(np.float32(0.5), np.float64(0.0), 1, np.int64(3)).n == 3  # type: ignore[arg-type]
+    for numbers in ((nan, 0.0, 1.0), (0.5, nan, nan), (nan, nan, nan), (0.5, -inf, inf), (0.3, 0.1 + 0.2, 0.9)):
+        Finding(*numbers, n=0)

@@ -33,7 +33,7 @@ def _claim(side: str = "above", threshold: float = 0.5) -> Claim:
     ],
 )
 def test_verdicts(low: float, high: float, above: str, below: str) -> None:
-    finding = Finding(0.7, low, high, 14)
+    finding = Finding(min(max(0.7, low), high), low, high, 14)
     for side, wanted in (("above", above), ("below", below)):
         outcome = judge(_claim(side), finding)
         if wanted == "contains":

@@ -81,7 +81,9 @@ def show(name: StudyName) -> None:
 def run_one(
     name: StudyName,
     model: ModelName = "default",
-    scale: Annotated[Scale, typer.Option(help="full has the paper's parameters; smoke takes seconds.")] = Scale.SMALL,
+    scale: Annotated[
+        Scale, typer.Option(help="full has the paper's parameters; smoke takes a minute or two at most.")
+    ] = Scale.SMALL,
     seed: Annotated[int, typer.Option(min=0, help="All random numbers derive from it.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the run (studies/NAME-SCALE-seedN).")
@@ -104,12 +106,12 @@ def run_one(
     Example: logitlab study run steerable-not-decodable --scale smoke
     """
     from logitlab.studies import find, run_study
-    from logitlab.studies.folder import MANIFEST
+    from logitlab.studies.folder import MANIFEST, place
     from logitlab.studies.parameters import setting_of
 
     study = find(name)
     changed = dict(setting_of(study, text) for text in settings or ())
-    out = Path("studies") / f"{study.name}-{scale.value}-seed{seed}" if out is None else out
+    out = place(Path("studies") / f"{study.name}-{scale.value}-seed{seed}" if out is None else out)
 
     with status("starting") as say:
 

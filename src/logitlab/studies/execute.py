@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from logitlab.models.handle import Model
 
-_LIBRARIES = ("torch", "transformers", "numpy", "pandas", "pyarrow")
+_LIBRARIES = ("torch", "transformers", "numpy", "pandas", "pyarrow", "scikit-learn", "scipy")
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def run_study(
         What became of the claims. All of it is in the folder too.
 
     Raises:
-        InputError: an argument cannot be used, an extra is missing, the folder holds another run or something else, or
-            a step gives something that is no table.
+        InputError: an argument cannot be used, an extra is missing, an intervention is active on the model, the folder
+            holds another run or something else, or a step gives something that is no table.
 
     Example:
         ``run_study("steerable-not-decodable", scale="smoke", out="run").claims``
@@ -104,7 +105,8 @@ def run_study(
     parameters = parameters_of(study, chosen, set)
     if isinstance(seed, bool) or not isinstance(cast("Any", seed), int) or seed < 0:
         raise InputError(f"seed is {seed!r}; it must be a whole number, at least 0")
-    path = Path("studies") / f"{study.name}-{chosen}-seed{seed}" if out is None else Path(out).expanduser()
+    path = Path("studies") / f"{study.name}-{chosen}-seed{seed}" if out is None else out
+    path = folders.place(path)
     _check_extras(study)
     with ExitStack() as held:
         new = not path.exists()
@@ -171,7 +173,7 @@ def _do_steps(study: Study, run: Run, files: RunFolder, progress: Callable[[Prog
             files.remove_parts(step.name)
     if not left:
         return
-    files.record["sessions"].append(_session())
+    files.record["sessions"].append(_session(study))
     files.record["state"] = "running"
     files.save()
     for step in left:
@@ -229,10 +231,11 @@ def _conclude(study: Study, files: RunFolder) -> Result:
     values = {name: p["value"] for name, p in record["parameters"].items()}
     run = Run(study, Parameters(values), scale, record["seed"], files)
     failures: list[Exception] = []
-    outcomes = tuple(_judged(claim, run, failures) for claim in study.claims)
+    before = record.get("tests")
+    outcomes = tuple(_compared(_judged(claim, run, failures), before) for claim in study.claims)
     figures = files.path / "figures"
     for picture in study.pictures:
-        figures.mkdir(exist_ok=True)
+        folders.make_folder(figures)
         file = figures / f"{picture.name}.png"
         try:
             write_figure(file, lambda draw=picture.draw: draw(run))
@@ -259,13 +262,34 @@ def _judged(claim: Claim, run: Run, failures: list[Exception]) -> Outcome:
         finding = claim.measure(run)
         if not isinstance(cast("Any", finding), Finding):
             raise InputError(f"the measure of claim {claim.name!r} gives a {type(finding).__name__}, and no Finding")
-        return judge(claim, finding)
+        outcome = judge(claim, finding)
+        outcome.record()  # whatever cannot be recorded fails here, as a bug of this claim alone
+        return outcome
     except Untestable as reason:
         return Outcome(claim, UNTESTABLE, note=str(reason) or "the study gives no reason")
     except Exception as error:
         error.add_note(f"while claim {claim.name!r} of study {run.study.name!r} was measured")
         failures.append(error)
         return Outcome(claim, FAILED, note=f"{type(error).__name__}: {error}")
+
+
+def _compared(outcome: Outcome, before: Mapping[str, Any] | None) -> Outcome:
+    """The outcome with a note if the test is not the one that was fixed when the run began."""
+    if before is None:  # of a version that did not record it
+        return outcome
+    claim = outcome.claim
+    was = before.get(claim.name)
+    if was == _test(claim):
+        return outcome
+    if was is None:
+        note = "added since the run began"
+    else:
+        note = f"changed since the run began (was: {was['test']}, {was['side']} {was['threshold']:g})"
+    return replace(outcome, note="; ".join([note, *([outcome.note] if outcome.note else [])]))
+
+
+def _test(claim: Claim) -> dict[str, Any]:
+    return {"test": claim.test, "side": claim.side, "threshold": float(claim.threshold)}
 
 
 # -- what is recorded --------------------------------------------------------------------------
@@ -284,6 +308,7 @@ def _record(study: Study, parameters: Parameters, scale: str, seed: int, model: 
         "differs": [
             name for name, value in parameters.items() if value != paper[name] and not study.parameters[name].ours
         ],
+        "tests": {claim.name: _test(claim) for claim in study.claims},
         "model": None if model is None else _about(model),
         "state": "running",
         "started": _now(),
@@ -295,12 +320,7 @@ def _record(study: Study, parameters: Parameters, scale: str, seed: int, model: 
 
 
 def _about(model: Model) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "fingerprint": model.fingerprint,
-        "architecture": type(model.module).__name__,
-        "layers": model.n_layers,
-        "width": model.width,
+    return model.about | {
         "vocabulary": model.vocab_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -308,7 +328,7 @@ def _about(model: Model) -> dict[str, Any]:
     }
 
 
-def _session() -> dict[str, Any]:
+def _session(study: Study) -> dict[str, Any]:
     """One process that has worked on the run: several have, where it was broken off."""
     torch: Any = sys.modules.get("torch")
     return {
@@ -316,10 +336,34 @@ def _session() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"logitlab": __version__}
         | {name: found for name in _LIBRARIES if (found := _version(name)) is not None},
+        "source": _source(study),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": None if torch is None else torch.get_num_threads(),
     }
+
+
+def _source(study: Study) -> str | None:
+    """SHA-256 of the source files beside the functions of the steps; of a module without a package that file alone.
+
+    None if there are none, as of functions that were typed in.
+    """
+    files: set[Path] = set()
+    for step in study.steps:
+        function: Any = step.do
+        while isinstance(function, partial):
+            function = cast("Any", function).func
+        module = sys.modules.get(getattr(function, "__module__", None) or "")
+        file = getattr(module, "__file__", None)
+        if file is not None:
+            package = bool(getattr(module, "__package__", None))
+            files |= set(Path(file).parent.rglob("*.py")) if package else {Path(file)}
+    digest = hashlib.sha256()
+    there = sorted((file for file in files if file.is_file()), key=lambda file: (file.name, str(file)))
+    for file in there:  # names without folders, so that another installation of the same code has the same sum
+        for part in (file.name.encode("utf-8", "surrogateescape"), file.read_bytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest() if there else None
 
 
 def _version(library: str) -> str | None:
@@ -337,8 +381,26 @@ def _loaded(model: str | Path | Model | Callable[[], Model]) -> Model:
     if isinstance(model, str | Path):
         from logitlab.models.load import load
 
-        return load(model)
-    return model() if callable(model) else model
+        model = load(model)
+    from torch import nn
+
+    from logitlab.models.handle import Model
+    from logitlab.models.interfere import active
+
+    found: Any = model
+    if not isinstance(found, Model | nn.Module) and callable(found):  # a module can be called, but loads nothing
+        found = found()
+    if not isinstance(found, Model):
+        raise InputError(
+            f"the model is a {type(found).__name__}; give a name, or logitlab.wrap(module, tokenizer), or a function "
+            "that returns such"
+        )
+    if active(found.module):
+        raise InputError(
+            f"an intervention is active on {found.name}: run the study outside of intervene(), its steps change the "
+            "model themselves where they need to"
+        )
+    return found
 
 
 def _check_extras(study: Study) -> None:

@@ -32,6 +32,23 @@ FORMAT = 1
 KEY = ("study", "version", "scale", "seed", "parameters", "model")
 """What a run that goes on must have in common with the one that was broken off."""
 
+_KINDS: dict[str, Any] = {
+    "study": str,
+    "version": int,
+    "scale": str,
+    "seed": int,
+    "parameters": dict,
+    "differs": list,
+    "model": dict | None,
+    "state": str,
+    "started": str,
+    "ended": str | None,
+    "sessions": list,
+    "steps": dict,
+    "claims": list,
+}
+"""What every manifest has."""
+
 
 class RunFolder:
     """A folder that holds a run.
@@ -52,15 +69,15 @@ class RunFolder:
         Raises:
             InputError: there is none, or its manifest cannot be read.
         """
-        path = Path(path)
+        path = place(path)
         file = path / MANIFEST
-        if not file.is_file():
+        if not _is_there(file):
             raise InputError(f"there is no run of a study in {path}: {MANIFEST} is missing")
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
-        if not isinstance(record, dict) or record.get("format") != FORMAT or not set(KEY) <= set(record):
+        if not _is_manifest(record):
             raise InputError(f"{file} is no manifest that this version of logitlab writes: give another folder")
         return RunFolder(path, record)
 
@@ -68,24 +85,35 @@ class RunFolder:
     def open(path: Path, record: dict[str, Any]) -> RunFolder:
         """The run that a folder holds if it is the one of ``record``; else a new one, where the folder is empty.
 
-        The folder must be held (`hold`).
+        The folder must be held (`hold`). A run that has done nothing yet, for instance since its parameters do
+        not work, gives way to another.
 
         Raises:
             InputError: it holds another run, or something else.
         """
+        new = RunFolder(path, json.loads(json.dumps(record)))  # as it will be when it is read
         if not (path / MANIFEST).is_file():
-            found = RunFolder(path, json.loads(json.dumps(record)))  # as it will be when it is read
-            found.save()
-            return found
+            new.save()
+            return new
         found = RunFolder.read(path)
-        its, mine = identity(found.record), identity(record)
+        its, mine = identity(found.record), identity(new.record)
+        if its["model"] and mine["model"] and its["model"]["stack"] is None:  # of a version that did not record it
+            its["model"]["stack"] = mine["model"]["stack"]
         differing = [name for name in KEY if its[name] != mine[name]]
+        if differing and not found.has_work():
+            new.save()
+            return new
         if differing:
             what = "; ".join(f"{name}: {difference(its[name], mine[name])}" for name in differing)
             raise InputError(
                 f"{path} holds another run ({what}): give another folder with --out, or the same arguments"
             )
         return found
+
+    def has_work(self) -> bool:
+        """Whether there is anything that a step has given, or has begun to keep."""
+        kept = (file for name in ("parts", "tables", "arrays") for file in (self.path / name).rglob("*"))
+        return bool(self.record["steps"]) or any(not file.is_dir() for file in kept)
 
     def clean(self) -> None:
         """Remove files that a killed run has begun to write."""
@@ -150,10 +178,7 @@ class RunFolder:
         Raises:
             InputError: it gave something else than tables, or they hold something that no file can.
         """
-        try:
-            self._part(step, unit, "json").parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make folders in {self.path}: {error.strerror or error}") from error
+        make_folder(self._part(step, unit, "json").parent)
         found = _by_name(step, unit, tables)
         for name, frame in found.items():
             table = _to_arrow(step, unit, frame, named)
@@ -173,7 +198,7 @@ class RunFolder:
         records = [self._recorded(step, unit) for unit in units]
         names = list(dict.fromkeys(name for record in records for name in record["tables"]))
         others = {t: other for other, its in self.record["steps"].items() if other != step for t in its["tables"]}
-        (self.path / "tables").mkdir(exist_ok=True)
+        make_folder(self.path / "tables")
         for name in names:
             if name in others:
                 raise InputError(f"steps {others[name]!r} and {step!r} both give a table {name!r}: rename one")
@@ -210,11 +235,89 @@ class RunFolder:
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells runs apart: of parameters their values, of the model its fingerprint."""
+    """What tells runs apart: of parameters their values, of the model its fingerprint and the stack that is read."""
     key = {name: record[name] for name in KEY}
     key["parameters"] = {name: p["value"] for name, p in record["parameters"].items()}
-    key["model"] = None if record["model"] is None else record["model"]["fingerprint"]
+    model = record["model"]
+    key["model"] = None if model is None else {"fingerprint": model["fingerprint"], "stack": model.get("stack")}
     return json.loads(json.dumps(key))
+
+
+def place(path: str | Path) -> Path:
+    """The path of a folder that the user names, ``~`` expanded.
+
+    Raises:
+        InputError: there cannot be one: a user that is not there, a name that is too long, no permission to look.
+    """
+    try:
+        found = Path(path).expanduser()
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{str(path)[:80]!r} is no path of a folder: {error}; give another folder") from error
+    _is_there(found / MANIFEST)
+    return found
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError as error:
+        shown = str(file.parent)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        raise InputError(f"cannot look into {shown}: {error.strerror or error}; give another folder") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder inside of a run's, unless it is there.
+
+    Raises:
+        InputError: that cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror or error}") from error
+
+
+def _is_manifest(record: Any) -> bool:
+    """Whether all is there that is read from a manifest, and no name in it leads out of the folder."""
+    if not isinstance(record, dict):
+        return False
+    found = cast("dict[str, Any]", record)
+    if found.get("format") != FORMAT or not all(
+        name in found and isinstance(found[name], kind) for name, kind in _KINDS.items()
+    ):
+        return False
+    if found["model"] is not None and not {"name", "fingerprint"} <= set(found["model"]):
+        return False
+    values: list[Any] = list(found["parameters"].values())
+    sessions: list[Any] = found["sessions"]
+    return (
+        all(isinstance(value, dict) and {"value", "paper"} <= set(cast("dict[str, Any]", value)) for value in values)
+        and all(_is_session(session) for session in sessions)
+        and all(_is_name(name) and _is_step(step) for name, step in found["steps"].items())
+    )
+
+
+def _is_session(session: Any) -> bool:
+    known = {"started", "python", "versions", "platform", "processors", "threads"}
+    return isinstance(session, dict) and known <= set(session) and isinstance(session["versions"], dict)
+
+
+def _is_step(step: Any) -> bool:
+    if not isinstance(step, dict):
+        return False
+    record = cast("dict[str, Any]", step)
+    tables, units = record.get("tables"), record.get("units")
+    if not isinstance(tables, list) or not isinstance(units, list):
+        return False
+    return all(_is_name(name) for name in cast("list[Any]", tables)) and all(
+        isinstance(unit, dict) and isinstance(cast("dict[str, Any]", unit).get("seconds"), int | float)
+        for unit in cast("list[Any]", units)
+    )
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 
 def hold(path: Path, held: ExitStack) -> None:
@@ -228,8 +331,9 @@ def hold(path: Path, held: ExitStack) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         there = [p.name for p in path.iterdir()]
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"cannot make the folder {path}: {why}") from error
     if MANIFEST not in there:
         # A run that was killed at its very beginning leaves no more than its lock and unfinished files.
         foreign = [name for name in there if name != LOCK and not re.fullmatch(r"\..*\.part", name)]
@@ -284,7 +388,10 @@ def read_parquet(path: Path) -> pa.Table:
         # Without threads of its own the library leaves none behind when the process is killed or forked.
         return pq.read_table(path, use_threads=False).replace_schema_metadata(None)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from error
+        why = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{path} cannot be read: {why}; remove this file and run again: the same arguments make it anew"
+        ) from error
 
 
 def _untyped(empty: pa.Table) -> pa.Table:
@@ -298,9 +405,11 @@ def _by_name(step: str, unit: str, tables: Tables) -> dict[str, pd.DataFrame]:
 
     found: dict[str, Any] = {step: tables}
     if isinstance(tables, Mapping):
-        bad = next((name for name in tables if not NAME.fullmatch(str(name)) or len(name) > LONGEST_NAME), None)
-        if bad is not None:
-            raise InputError(f"step {step!r} gives a table called {bad!r}; use lower-case letters, digits and hyphens")
+        for name in cast("Mapping[Any, Any]", tables):
+            if not _is_name(name) or len(name) > LONGEST_NAME:
+                raise InputError(
+                    f"step {step!r} gives a table called {name!r}; use lower-case letters, digits and hyphens"
+                )
         found = {f"{step}-{name}": table for name, table in tables.items()}
     wrong = [type(table).__name__ for table in found.values() if not isinstance(table, pd.DataFrame)]
     if wrong:
@@ -315,7 +424,13 @@ def _to_arrow(step: str, unit: str, frame: pd.DataFrame, named: bool) -> pa.Tabl
     import pyarrow as pa
 
     if any(name is not None for name in frame.index.names):  # as groupby leaves it
-        frame = frame.reset_index()
+        try:
+            frame = frame.reset_index()
+        except ValueError as error:  # an index called as a column
+            raise InputError(
+                f"step {step!r} gives a table for {unit or 'its only unit'!r} whose index cannot become a column: "
+                f"{error}; rename one, or drop the index"
+            ) from error
     if named and "unit" not in frame.columns:
         frame = frame.copy()
         frame.insert(0, "unit", _encodable(unit))

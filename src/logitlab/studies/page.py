@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -45,6 +46,7 @@ def page(study: Study, files: RunFolder, outcomes: Sequence[Outcome]) -> str:
     """The page as text."""
     sections = [
         _head(study, files.record, outcomes),
+        _warnings(study, files.record),
         _claims(outcomes),
         _figures(study, files),
         _tables(files),
@@ -113,6 +115,18 @@ def _head(study: Study, record: Mapping[str, Any], outcomes: Sequence[Outcome]) 
     )
 
 
+def _warnings(study: Study, record: Mapping[str, Any]) -> str:
+    """What a reader has to know before the claims are read."""
+    found: list[str] = []
+    if len({session.get("source") for session in record["sessions"]} - {None}) > 1:
+        found.append("The code of the study was changed while it ran: its processes differ in the source below.")
+    names = {claim.name for claim in study.claims}
+    dropped = [name for name in record.get("tests") or {} if name not in names]
+    if dropped:
+        found.append(f"Claims that were there when the run began, and are no more: {', '.join(dropped)}.")
+    return "".join(f'<p class="bad">{prose(text)}</p>\n' for text in found)
+
+
 def _claims(outcomes: Sequence[Outcome]) -> str:
     if not outcomes:
         return ""
@@ -162,9 +176,10 @@ def _tables(files: RunFolder) -> str:
             "<tr>" + "".join(f'<td class="{k}">{_value(v)}</td>' for k, v in zip(kinds, row, strict=True)) + "</tr>\n"
             for row in frame.head(FIRST_ROWS).itertuples(index=False, name=None)
         ]
+        file = f"tables/{name}.parquet"
         found.append(
             f"<h3>{prose(name)}</h3>\n{_table(list(map(str, frame.columns)), rows, 'data', kinds)}"
-            f'<p class="soft">{_extent(frame)}; <a href="tables/{name}.parquet">tables/{name}.parquet</a></p>\n'
+            f'<p class="soft">{_extent(frame)}; <a href="{html.escape(quote(file))}">{prose(file)}</a></p>\n'
         )
     return f"<h2>Tables</h2>\n{''.join(found)}" if found else ""
 
@@ -217,7 +232,8 @@ def _manifest(record: Mapping[str, Any]) -> str:
     for i, session in enumerate(record["sessions"], start=1):
         versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
         threads = "" if session["threads"] is None else f", {session['threads']} threads of torch"
-        machine = f"{session['platform']}, {session['processors']} processors{threads}"
+        source = f", source {session['source'][:12]}" if session.get("source") else ""
+        machine = f"{session['platform']}, {session['processors']} processors{threads}{source}"
         facts.append((f"process {i}, from {session['started']}", f"Python {session['python']}, {versions}; {machine}"))
     rows = [f"<tr><td>{prose(str(name))}</td>{_cell('', prose(str(value)))}</tr>\n" for name, value in facts]
     more = '<p class="soft">All of it: <a href="manifest.json">manifest.json</a></p>\n'

@@ -14,7 +14,7 @@ import numpy as np
 
 from logitlab.errors import InputError
 from logitlab.files import write_atomically
-from logitlab.studies.folder import RunFolder
+from logitlab.studies.folder import RunFolder, make_folder
 from logitlab.studies.parameters import Parameters
 from logitlab.studies.study import Scale, Study
 
@@ -149,7 +149,7 @@ class Run:
             .clone()
             for key, v in tensors.items()
         }
-        file.parent.mkdir(exist_ok=True)
+        make_folder(file.parent)
         return write_atomically(file, lambda path: save_file(kept, path))
 
     def arrays(self, name: str) -> dict[str, torch.Tensor]:

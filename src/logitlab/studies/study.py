@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from logitlab.studies.run import Run
 
 Scale: TypeAlias = Literal["smoke", "small", "full"]
-"""How large a run is: ``full`` has the paper's parameters, ``small`` fits a laptop, ``smoke`` takes seconds."""
+"""How large a run is: ``full`` has the paper's parameters, ``small`` fits a laptop, ``smoke`` is quick."""
 
 SCALES: tuple[Scale, ...] = ("smoke", "small", "full")
 
@@ -49,6 +51,10 @@ class Finding:
         high: upper end of it.
         n: how many independent things it is estimated from.
         note: whatever the number does not say; shown beside it.
+
+    Raises:
+        InputError: a number is none, the interval ends before it begins or does not contain the value, or n is no
+            whole number that is at least 0.
     """
 
     value: float
@@ -58,8 +64,19 @@ class Finding:
     note: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("value", "low", "high"):
+            number: Any = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, Real):
+                raise InputError(f"a finding's {name} is {str(number)[:60]!r}; it must be a number")
+        n: Any = self.n
+        if isinstance(n, bool) or not isinstance(n, Integral) or self.n < 0:
+            raise InputError(f"a finding's n is {str(n)[:60]!r}; it must be a whole number, at least 0")
         if self.low > self.high:
             raise InputError(f"a finding's interval ends before it begins: {self.low} to {self.high}")
+        outside = self.value < self.low or self.value > self.high
+        ends = (self.low, self.high)  # the value may be beyond one by what rounding does
+        if outside and not any(math.isclose(self.value, end, rel_tol=1e-9, abs_tol=1e-12) for end in ends):
+            raise InputError(f"a finding's value, {self.value}, is outside of its interval: {self.low} to {self.high}")
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,7 @@ class Study:
         summary: what is done, in a few sentences.
         data: where its data come from.
         steps: in the order in which they are done.
-        parameters: by name, a Python identifier.
+        parameters: by name, a Python identifier that is no keyword and no method of a mapping, as ``items`` is.
         claims: what is checked at the end.
         pictures: the figures of the report.
         defects: known defects of the source that the study avoids.
@@ -238,6 +255,11 @@ class Study:
         for name, parameter in self.parameters.items():
             if not name.isidentifier() or name.startswith("_"):
                 raise InputError(f"study {self.name!r}: a parameter is called {name!r}; use letters, digits and _")
+            if keyword.iskeyword(name) or name in dir(Mapping):
+                raise InputError(
+                    f"study {self.name!r}: a parameter is called {name!r}, so run.parameters.{name} would not give it; "
+                    "use another name"
+                )
             if not all(is_plain(value) for value in parameter.values):
                 raise InputError(
                     f"study {self.name!r}: parameter {name!r} must be a finite number, text, true, false, null or a "
