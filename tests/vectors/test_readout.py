@@ -178,3 +178,17 @@ def test_bad_probes(llama: ll.Model) -> None:
     for probes, label, message in cases:
         with pytest.raises(InputError, match=message):
             from_probe(llama, probes, label)
+
+
+def test_a_real_probe_gives_its_direction(llama: ll.Model) -> None:
+    from logitlab.probes import fit_probe
+
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(60, llama.width, generator=generator)
+    labels = ["up" if row[3] > 0 else "down" for row in states]
+    one = fit_probe("logistic", states, labels)
+    found = from_probe(llama, {"1.resid_post": one}, "up")
+    along = torch.as_tensor(one.direction("up")).float()
+    torch.testing.assert_close(found["1.resid_post"], along / along.norm(), atol=1e-6, rtol=0)
+    assert int(found["1.resid_post"].abs().argmax()) == 3
+    assert found.recipe["probes"] == ["logistic"]
