@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import logitlab as ll
-from logitlab.files import check_writable, write_atomically, write_text
+from logitlab.files import check_writable, locked, write_atomically, write_text
 from tests.commands import files
 
 
@@ -190,3 +190,16 @@ def test_a_full_disk_under_safetensors(tmp_path: Path) -> None:
         "what was there before is unchanged, give another place"
     )
     assert (files(tmp_path), path.read_text()) == (["a"], "old")
+
+
+def test_a_lock_names_its_process_and_goes_with_it(tmp_path: Path) -> None:
+    one, busy = tmp_path / "one.lock", rf"another run \(process {os.getpid()}\) is at work in"
+    with locked(one, "run"):
+        with pytest.raises(ll.InputError, match=busy), locked(one, "run"):
+            pass
+        with locked(tmp_path / "two.lock", "run"):
+            pass
+    with locked(one, "run"):
+        pass
+    with pytest.raises(ll.InputError, match="cannot write in"), locked(tmp_path / "nowhere" / "one.lock", "run"):
+        pass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,45 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def locked(path: Path, work: str) -> Generator[None]:
+    """Keep others from the same work while a ``with`` block lasts; the system lets go when the process ends.
+
+    Where the system or the file system has no locks there is none.
+
+    Args:
+        path: the file to lock, which holds the number of the process; its folder must exist.
+        work: what is kept to one, in a word: ``sweep``, ``run``.
+
+    Raises:
+        InputError: another process is at it, or the file cannot be written.
+    """
+    try:
+        file = path.open("a+", encoding="ascii")
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"cannot write in {path.parent}: {why}; give another folder") from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no such lock
+            pass
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                whose = file.read().strip()
+                who = f"another {work} (process {whose})" if whose else f"another {work}"
+                raise InputError(f"{who} is at work in {path.parent}: wait for it, or give another folder") from error
+            # else a file system without locks
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def check_writable(path: str | Path) -> None:

@@ -254,7 +254,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(ll.InputError) as error:
                 run_study(STUDY, out=folder)
             who = f"another run (process {other.pid})"
-            assert str(error.value) == f"{who} is at work in {folder}: wait for it, or give another folder with --out"
+            assert str(error.value) == f"{who} is at work in {folder}: wait for it, or give another folder"
         finally:
             other.kill()
     run_study(STUDY, out=folder)  # the lock of a dead process keeps nobody out

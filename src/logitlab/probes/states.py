@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from logitlab.errors import InputError
-from logitlab.files import difference, write_text
+from logitlab.files import difference, locked, write_text
 from logitlab.models.capture import Activations, capture_encoded
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded
@@ -159,26 +158,12 @@ def _record(folder: Path, done: int, about: dict[str, Any]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Generator[None]:
-    """Make the folder, and keep other runs from writing there; the system lets go when the process ends."""
+    """Make the folder, and keep other runs from writing there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a", encoding="ascii")
     except OSError as error:
         raise InputError(f"cannot write states to {folder}: {error}; give another folder") from error
-    with file:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InputError(
-                    f"another run writes states to {folder}: wait for it, or give another folder"
-                ) from error
-            # else a file system without locks: there is none then
+    with locked(folder / LOCK, "probe"):
         yield
 
 

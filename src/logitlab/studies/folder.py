@@ -7,10 +7,8 @@ and the parts are removed, in this order; each of the three can be repeated.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from logitlab.errors import InputError
-from logitlab.files import difference, write_atomically, write_text
+from logitlab.files import difference, locked, write_atomically, write_text
 from logitlab.studies.study import LONGEST_NAME, NAME, Tables
 
 if TYPE_CHECKING:
@@ -341,32 +339,7 @@ def hold(path: Path, held: ExitStack) -> None:
             raise InputError(f"{path} is not empty and holds no run that could go on; give a new folder with --out")
     else:
         RunFolder.read(path)
-    _lock(path, held)
-
-
-def _lock(path: Path, held: ExitStack) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        return
-
-    try:
-        file = held.enter_context((path / LOCK).open("a+", encoding="ascii"))
-    except OSError as error:
-        raise InputError(f"cannot write in {path}: {error.strerror or error}; give another folder") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            whose = file.read().strip()
-            who = f"another run (process {whose})" if whose else "another run"
-            raise InputError(f"{who} is at work in {path}: wait for it, or give another folder with --out") from error
-        return  # a file system without locks: there is none then
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    held.enter_context(locked(path / LOCK, "run"))
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:

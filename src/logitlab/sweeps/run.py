@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import time
@@ -17,7 +16,7 @@ import torch
 
 from logitlab.corpora import Corpus, corpus
 from logitlab.errors import InputError
-from logitlab.files import difference, write_text
+from logitlab.files import difference, locked, write_text
 from logitlab.lenses.base import Lens
 from logitlab.lenses.logit import LogitLens
 from logitlab.models.capture import capture_encoded
@@ -272,7 +271,7 @@ def _opened(folder: Path, worker: Worker, held: ExitStack) -> Path:
     strange = [p for p in folder.iterdir() if not OURS.fullmatch(p.name)]
     if strange and not manifest.is_file():
         raise InputError(f"{folder} is not empty and holds no sweep that could go on; give a new folder")
-    _lock(folder, held)
+    held.enter_context(locked(folder / LOCK, "sweep"))
     key = json.loads(json.dumps(worker.key, default=str))
     if manifest.is_file():
         try:
@@ -290,21 +289,6 @@ def _opened(folder: Path, worker: Worker, held: ExitStack) -> Path:
         with suppress(OSError):
             unfinished.unlink()
     return folder
-
-
-def _lock(folder: Path, held: ExitStack) -> None:
-    """Keep others from the same folder while this sweep is at work; the system lets go when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        return
-    file = held.enter_context((folder / LOCK).open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(f"another sweep is at work in {folder}: wait for it, or give another folder") from error
-        # a file system without locks: there is none then
 
 
 Found = tuple[Shard, dict[str, dict[str, Sums]]]
