@@ -78,6 +78,12 @@ def _asked(run: Run, task: Task) -> list[tuple[int, Any]]:
     return [(t, audit.examples_of(task, split, t)) for t in templates(run)]
 
 
+def _by_sites(task: str, template: int, sites: Sequence[Site], columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """A row for each site, with values [sites] under their names; templates and layers count from 1."""
+    where = {"task": task, "template": template + 1, "site": [str(s) for s in sites]}
+    return pd.DataFrame({**where, "layer": [s.layer + 1 for s in sites], **columns})
+
+
 def check(run: Run) -> None:
     """Say at once what would stop the run later.
 
@@ -256,22 +262,13 @@ def _read(run: Run, unit: str, lens: Lens | None) -> pd.DataFrame:
     for t, examples in _asked(run, task):
         states = audit.states_of(run.model, [examples.bare(x) for x, _ in split.testing], sites).stacked(sites)
         found = audit.readout(run.model, states, sites, task, split.testing, lens)
-        rows.append(
-            pd.DataFrame(
-                {
-                    "task": unit,
-                    "template": t + 1,
-                    "site": [str(s) for s in sites],
-                    "layer": [s.layer + 1 for s in sites],
-                    "top1": found.top(1),
-                    "top5": found.top(5),
-                    "top10": found.top(10),
-                    "mean_rank": found.rank.mean(1),
-                    "mean_logprob": found.logprob.mean(1),
-                    "spaced": found.spaced.mean(1),
-                }
-            )
-        )
+        columns = {f"top{k}": found.top(k) for k in (1, 5, 10)}
+        columns |= {
+            "mean_rank": found.rank.mean(1),
+            "mean_logprob": found.logprob.mean(1),
+            "spaced": found.spaced.mean(1),
+        }
+        rows.append(_by_sites(unit, t, sites, columns))
     return pd.concat(rows)
 
 
@@ -359,17 +356,7 @@ def after_steering(run: Run, unit: str) -> pd.DataFrame:
             )
             states = audit.states_of(run.model, prompts, later, changes).stacked(later)
             found[what] = audit.readout(run.model, states, later, task, split.testing).top(audit.TOP)
-        rows.append(
-            pd.DataFrame(
-                {
-                    "task": unit,
-                    "template": t + 1,
-                    "site": [str(s) for s in later],
-                    "layer": [s.layer + 1 for s in later],
-                }
-                | found
-            )
-        )
+        rows.append(_by_sites(unit, t, later, found))
     return pd.concat(rows)
 
 
@@ -591,17 +578,7 @@ def polarity(run: Run, unit: str) -> pd.DataFrame:
             given = model.tail.prepare(states.reshape(-1, states.shape[-1])).reshape(*states.shape[:2], -1)
         leans = torch.sign(given.float() @ along).cpu().numpy()  # [sites, prompts]
         right = leans == np.array([sign[x] for x, _ in split.testing])
-        rows.append(
-            pd.DataFrame(
-                {
-                    "task": name,
-                    "template": t + 1,
-                    "site": [str(s) for s in sites],
-                    "layer": [s.layer + 1 for s in sites],
-                    "accuracy": right.mean(1),
-                }
-            )
-        )
+        rows.append(_by_sites(name, t, sites, {"accuracy": right.mean(1)}))
     return pd.concat(rows)
 
 
