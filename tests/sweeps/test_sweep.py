@@ -22,7 +22,7 @@ from logitlab.corpora import corpus, windows
 from logitlab.errors import InputError
 from logitlab.lenses import LogitLens, identity
 from logitlab.sweeps import Progress, SweepReport, sweep
-from logitlab.sweeps.run import looks_back_only
+from logitlab.sweeps.run import LOCK, looks_back_only
 from tests import zoo
 from tests.lenses.test_fitted import changed
 from tests.words import rows as texts
@@ -34,7 +34,9 @@ def model() -> ll.Model:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but the lock, which names the process that held it last."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != LOCK)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.mark.parametrize("packed", [True, False])
