@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow real lint format docs bench lenses studies studies-smoke coverage coverage-slice check clean
+.PHONY: help setup demo test slow real lint format notebooks gallery docs bench lenses studies studies-smoke coverage coverage-slice check clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ demo: $(VENV)/.demo ## read "The capital of France is" with the default model
 	$(BIN)/logitlab read "The capital of France is" --target " Paris" --html demo/france.html --figure demo/france.png --save demo/france.parquet
 
 test: $(VENV)/.dev ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not packages"
+	$(BIN)/python -m pytest -m "not slow and not packages and not notebooks"
 
 slow: $(VENV)/.dev ## run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m "slow and not packages"
@@ -47,6 +47,12 @@ lint: $(VENV)/.dev ## check style and types
 format: $(VENV)/.dev ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(VENV)/.dev ## run the notebooks of examples/ (about three minutes)
+	$(BIN)/python -m pytest -m notebooks
+
+gallery: $(VENV)/.dev ## take the pictures of docs/gallery.md in headless Chromium
+	$(BIN)/python tools/gallery.py
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from rich.console import RenderableType
 
+    from logitlab.views.widget import LensGrid
+
 Array = NDArray[Any]
 
 UNITS = {
@@ -416,6 +418,26 @@ class Reading:
         from logitlab.views.page import page
 
         return write_text(path, page(self))
+
+    def widget(self, theme: str = "auto") -> LensGrid:
+        """The interactive grid for a notebook, whose selected cell Python can see and set.
+
+        (A Reading that ends a notebook's cell is shown as a page in a frame: that also survives in a saved
+        notebook, but Python cannot see what is selected in it.)
+
+        Args:
+            theme: ``auto``, ``light`` or ``dark``.
+
+        Raises:
+            InputError: anywidget is not installed, or there is no such theme.
+
+        Example:
+            ``grid = reading.widget()``; after a click, ``grid.selection`` is a dictionary such as
+            ``{"prompt": 0, "site": "3.resid_post", "position": 2, "token": " is"}``.
+        """
+        from logitlab.views.widget import LensGrid
+
+        return LensGrid(self, theme=theme)
 
     def figure(self, path: str | Path, *, prompt: int = 0) -> Path:
         """Write a publication figure of one prompt; the ending (.png, .svg, .pdf) sets the format."""

@@ -1,0 +1,301 @@
+"""The routes: requests in, events out. What is done is in `logitlab.server.work`, who may ask in `security`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from logitlab import __version__
+from logitlab.errors import InputError
+from logitlab.reading import to_json
+from logitlab.server import requests
+from logitlab.server.history import History
+from logitlab.server.models import Library
+from logitlab.server.queue import BusyError, Job, Place, Queue
+from logitlab.server.security import FAILED, Guard
+from logitlab.server.settings import Settings
+from logitlab.server.work import do
+
+KEEP_ALIVE = 10.0
+"""Seconds of silence after which a stream says that it is still there."""
+
+UPLOAD_SECONDS = 30.0
+"""How long a body may take to come in: it holds a place in the queue."""
+
+STALLED_SECONDS = 60.0
+"""How long a client may take no byte of a stream before it counts as gone."""
+
+PIECE = 65_536
+"""Bytes of a stream that are handed on at once."""
+
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".json": "application/json",
+}
+"""Types of the files of the page; there are no others."""
+
+_LOG = logging.getLogger("logitlab.server")
+
+
+class Server:
+    """The application, its models and its queue.
+
+    Args:
+        settings: what it was started with.
+
+    Raises:
+        InputError: a lens, a file of vectors or the folder of the history cannot be used.
+
+    Attributes:
+        asgi: the application behind the checks of `logitlab.server.security`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.library = Library(settings)
+        self.history = None if settings.history is None else History(settings.history)
+        self.queue = Queue(settings.limits.waiting)
+        self.asgi = Guard(self._routes(), settings)
+
+    def preload(self) -> None:
+        """Load the first model in the background, before any request; the log says how it went."""
+
+        def work(job: Job) -> dict[str, Any]:
+            self.library.model(self.settings.models[0].name, lambda what: None)
+            return {}
+
+        self.queue.submit(work, lambda event, data: None)
+
+    def close(self, wait: float = 0.0) -> bool:
+        """End all work; says whether it has ended within ``wait`` seconds."""
+        return self.queue.close(wait)
+
+    # -- routes --------------------------------------------------------------------------------
+
+    def _routes(self) -> FastAPI:
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+
+        async def refused(request: Request, error: Exception) -> Response:
+            assert isinstance(error, HTTPException)
+            words = {404: "there is nothing here", 405: "this cannot be done here"}
+            return _message(error.status_code, words.get(error.status_code, str(error.detail)))
+
+        async def failed(request: Request, error: Exception) -> Response:
+            return _message(500, FAILED)  # the error goes on to `Guard`, which logs it
+
+        app.add_exception_handler(HTTPException, refused)
+        app.add_exception_handler(Exception, failed)
+        route = app.add_api_route
+        route("/", self._index, methods=["GET", "HEAD"], response_model=None)
+        route("/static/{name}", self._static, methods=["GET", "HEAD"], response_model=None)
+        route("/api/about", self._about, methods=["GET"], response_model=None)
+        route("/api/run", self._run, methods=["POST"], response_model=None)
+        route("/api/cancel/{identity}", self._cancel, methods=["POST"], response_model=None)
+        route("/api/history", self._entries, methods=["GET"], response_model=None)
+        route("/api/history", self._clear, methods=["DELETE"], response_model=None)
+        route("/api/history/{identity}", self._delete, methods=["DELETE"], response_model=None)
+        return app
+
+    async def _index(self) -> Response:
+        return _file("index.html")
+
+    async def _static(self, name: str) -> Response:
+        return _file(name)
+
+    async def _about(self) -> Response:
+        limits = self.settings.limits
+        names = ("prompt_tokens", "prompt_characters", "new_tokens", "waiting", "upload_bytes", "cells")
+        return JSONResponse(
+            {
+                "version": __version__,
+                "models": self.library.about(),
+                "lenses": list(self.library.lenses),
+                "vectors": list(self.library.vectors),
+                "limits": {name: getattr(limits, name) for name in names},
+                "history": self.history is not None,
+            }
+        )
+
+    async def _cancel(self, identity: str) -> Response:
+        if not self.queue.cancel(identity):
+            return _message(404, "there is no such work, or it has ended")
+        return JSONResponse({"cancelled": identity})
+
+    async def _run(self, request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            return _message(415, "send JSON, as application/json")
+        most = self.settings.limits.upload_bytes
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            return _message(413, _too_large(most))
+        try:
+            place = self.queue.reserve()
+        except BusyError as error:
+            return _message(503, str(error), {"retry-after": "2"})
+        with place:
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    body = await _body(request, most)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody is there to read it
+            except TimeoutError:
+                return _message(408, f"the request did not come in within {UPLOAD_SECONDS:.0f} seconds")
+            if body is None:
+                return _message(413, _too_large(most))
+            try:
+                wanted = await asyncio.to_thread(requests.parse, body)
+            except InputError as error:
+                return _message(422, str(error))
+            del body
+            return _Events(place, self._work(wanted))
+
+    def _work(self, wanted: requests.Request) -> Callable[[Job], dict[str, Any]]:
+        def work(job: Job) -> dict[str, Any]:
+            result = do(wanted, self.library, job)
+            if self.history is not None and not isinstance(wanted, requests.Load):
+                note = self.history.add(wanted.do, _title(wanted), wanted.model_dump(exclude_none=True))
+                if note is not None:
+                    result["notes"].append(note)
+            return result
+
+        return work
+
+    async def _entries(self) -> Response:
+        if self.history is None:
+            return _message(404, "this server keeps no history")
+        entries, notes = await asyncio.to_thread(self.history.entries)
+        return JSONResponse({"entries": entries, "notes": notes})
+
+    async def _delete(self, identity: str) -> Response:
+        if self.history is None:
+            return _message(404, "this server keeps no history")
+        try:
+            gone = await asyncio.to_thread(self.history.delete, identity)
+        except InputError as error:
+            return _message(409, str(error))
+        return JSONResponse({"deleted": 1}) if gone else _message(404, "there is no such entry")
+
+    async def _clear(self) -> Response:
+        if self.history is None:
+            return _message(404, "this server keeps no history")
+        try:
+            return JSONResponse({"deleted": await asyncio.to_thread(self.history.clear)})
+        except InputError as error:
+            return _message(409, str(error))
+
+
+class _Events(Response):
+    """The events of one job as a stream; when its reader goes away, the job is cancelled."""
+
+    def __init__(self, place: Place, work: Callable[[Job], dict[str, Any]]) -> None:
+        super().__init__(media_type="text/event-stream")
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+
+        def tell(name: str, data: dict[str, Any]) -> None:
+            encoded = f"event: {name}\ndata: {to_json(data)}\n\n".encode()
+            try:
+                loop.call_soon_threadsafe(self._events.put_nowait, (name, encoded))
+            except RuntimeError:  # the loop has been closed: nobody listens
+                _LOG.debug("an event came after the end")
+
+        self._job = place.submit(work, tell)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events, as ASGI has it."""
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for chunk in self._chunks(gone):
+                # In pieces, so that a reader who takes nothing has no large answer kept for him.
+                for start in range(0, len(chunk), PIECE):
+                    body = chunk[start : start + PIECE]
+                    async with asyncio.timeout(STALLED_SECONDS):
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (OSError, TimeoutError):  # the connection is gone, or might as well be
+            _LOG.debug("a reader has gone")
+        finally:
+            self._job.end("cancelled", "cancelled")
+            gone.cancel()
+
+    async def _chunks(self, gone: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        """Bytes to send, until the last event was among them or the reader has gone."""
+        while True:
+            coming = asyncio.create_task(self._events.get())
+            try:
+                await asyncio.wait((coming, gone), timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    return
+                if not coming.done():
+                    yield b": still here\n\n"
+                    continue
+                name, chunk = coming.result()
+            finally:
+                coming.cancel()
+            yield chunk
+            if name in ("result", "error"):
+                return
+
+
+async def _gone(receive: Any) -> None:
+    """Wait until the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request, most: int) -> bytes | None:
+    """The body of a request; None as soon as it is larger than it may be."""
+    found = bytearray()
+    async for chunk in request.stream():
+        found += chunk
+        if len(found) > most:
+            return None
+    return bytes(found)
+
+
+def _too_large(most: int) -> str:
+    return f"the request is larger than the {most:,} bytes that this server takes"
+
+
+def _message(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"message": text}, status, headers)
+
+
+def _title(wanted: Any) -> str:
+    return requests.shortened(wanted.prompt.title)
+
+
+def files() -> dict[str, Traversable]:
+    """The files of the page, by the names under which they are served."""
+    folder = resources.files("logitlab.server").joinpath("static")
+    found = {file.name: file for file in folder.iterdir() if file.is_file() and _kind(file.name) is not None}
+    component = resources.files("logitlab.views").joinpath("lens_grid.js")
+    return found | {component.name: component}
+
+
+def _kind(name: str) -> str | None:
+    return None if name.startswith(".") else KINDS.get("." + name.rpartition(".")[2])
+
+
+def _file(name: str) -> Response:
+    file = files().get(name)
+    if file is None or not file.is_file():
+        return _message(404, "there is nothing here")
+    return Response(file.read_bytes(), headers={"content-type": KINDS["." + name.rpartition(".")[2]]})

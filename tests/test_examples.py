@@ -1,0 +1,55 @@
+"""The notebooks of examples/ run from the first cell to the last, in a kernel of their own and an empty folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
+STATE = "application/vnd.jupyter.widget-state+json"
+
+
+def outputs(book: nbformat.NotebookNode) -> list[tuple[str, nbformat.NotebookNode]]:
+    """Source and data of everything that the cells have shown."""
+    return [
+        (cell.source, output.data)
+        for cell in book.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type in ("display_data", "execute_result")
+    ]
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    asked = [cell.source for cell in book.cells if cell.cell_type == "code" and "widget" in cell.source]
+    shown = [data for source, data in outputs(book) if WIDGET in data]
+    assert asked
+    assert shown, "no widget was shown"
+    states = book.metadata["widgets"][STATE]["state"]
+    for data in shown:
+        state = states[data[WIDGET]["model_id"]]["state"]
+        assert state["data"]["prompts"][0]["tokens"]
+        assert "export function mount" in state["_esm"]
+
+
+def test_notebooks_are_kept_without_outputs() -> None:
+    assert [path.stem for path in NOTEBOOKS] == [
+        "compare_lenses",
+        "first_look",
+        "steer_and_see",
+        "what_does_a_layer_know",
+    ]
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        kept = [cell for cell in cells if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"])]
+        assert kept == [], path.name
