@@ -14,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import app
 import batching
 import compare
 import decode
 import fitting
 import formats
 import generating
+import grid
 import jacobian
 import machine
 import memory
@@ -54,6 +56,8 @@ SECTIONS: dict[str, tuple[Callable[[Keep], Any], Callable[[Any], str]]] = {
     "sweeping": (lambda _: sweeping.measure(200_000, "::10.resid_post"), sweeping.markdown),
     "generating": (lambda _: generating.measure(40, 5), generating.markdown),
     "patching": (lambda _: patching.measure(30, 3), patching.markdown),
+    "grid": (lambda _: grid.measure(3), grid.markdown),
+    "app": (lambda _: app.measure(20), app.markdown),
 }
 
 TEXT = """# Benchmarks
@@ -179,15 +183,23 @@ layer: what is below it is as in the unpatched run.
 
 {patching}
 
+## The grid in a browser
+
+A made-up reading: {grid}
+
+## From a click to the picture
+
+{app}
+
 ## GPU
 
 {gpu}
 """
 
-NO_GPU = """No GPU was available where these pages were made. The Triton kernel is tested in Triton's interpreter, and
-compiled for compute capabilities 7.5 to 12.0 without a GPU being there (`tests/logits/test_gpu.py`); its speed has
-**not been measured**. `python benchmarks/gpu.py` measures it where there is one: its differences from float64, and its
-share of the rate of a bare bfloat16 product."""
+NO_GPU = """No GPU was there when this page was made. On an H200 the Triton kernel has been run and measured by
+itself, and a whole reading before it was made quicker: see [Speed](speed.md#on-a-gpu). `python benchmarks/gpu.py`
+measures it where there is one: its differences from float64, its share of the rate of a bare bfloat16 product, memory,
+and all statistics."""
 
 
 def page(results: dict[str, Any]) -> str:

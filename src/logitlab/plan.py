@@ -34,6 +34,9 @@ from logitlab.targets import VocabularyFilter, allowed_columns, resolve_targets
 DECODE_ROWS = 2048
 """Rows whose head inputs are held at once: twice what the native backend works on together."""
 
+GPU_DECODE_ROWS = 8192
+"""The same where the head is on a GPU, which few rows leave idle."""
+
 STATISTICS = ("entropy", "kl")
 """Statistics that can be left out of a reading."""
 
@@ -262,9 +265,10 @@ def _decoded(
     """Statistics [sites, rows] of all sites against the last one, for a few rows of a pass at a time."""
     sites = activations.sites
     n_rows = sum(len(p) for p in activations.positions)
-    wide = max(1, DECODE_ROWS // max(1, min(len(sites), 64)))
+    most = GPU_DECODE_ROWS if isinstance(source, Head) and source.weight.device.type == "cuda" else DECODE_ROWS
+    wide = max(1, most // max(1, min(len(sites), 64)))
     wide = wide // 32 * 32 or wide  # whole panels of the native backend
-    tall = max(1, DECODE_ROWS // min(wide, n_rows))
+    tall = max(1, most // min(wide, n_rows))
     for start in range(0, n_rows, wide):
         rows = slice(start, min(start + wide, n_rows))
         part = _rows_of(activations, rows)

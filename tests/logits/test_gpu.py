@@ -207,7 +207,7 @@ def test_any_tile_and_any_split(rows: int, columns: int, depth: int, splits: int
     def made(**how: Any) -> Partial:
         return gpu.scan(given_rows, request, **how)
 
-    found = conclude(made(block=(rows, columns, depth), splits=splits), given_rows, head, request)
+    found = conclude(made(tile=gpu.Tile(rows, columns, depth), splits=splits), given_rows, head, request)
     exact = statistics(x, head, top_k=4, targets=torch.tensor([0, 200, 400]), backend="reference")
     assert_same(found.map(lambda v: v.unsqueeze(0)), exact, tolerance=2e-6)
 
@@ -224,6 +224,81 @@ def test_pieces_hold_every_bit(dtype: torch.dtype) -> None:
     assert float(((back - x.double()).abs() / size).max()) < 2.0**-24
     own, _, _ = gpu.pieces_of(x.clamp(-1e4, 1e4).to(dtype), dtype)
     assert own.shape[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 40, 513])
+def test_logits_of_chosen_columns(width: int, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"bias": torch.linspace(-1, 1, 90), "offset": torch.linspace(2, 0, 90)}
+    options |= {"softcap": 3.0, "scale": 0.5}
+    generator = torch.Generator().manual_seed(2)
+    rows, ids = (torch.randint(0, most, (37,), generator=generator).to(DEVICE) for most in (8, 90))
+    wide = random_rows(8, 2 * width)
+    for chosen in ({}, options):
+        head = narrow_head(90, width, dtype, **chosen)
+        for x in (wide[:, :width], wide[:, ::2], wide[:, :width].to(dtype)):
+            exact = head.logits(x.double(), dtype=torch.float64)[rows, ids]
+            torch.testing.assert_close(gpu.logits_at(x, head, rows, ids), exact, atol=1e-12, rtol=1e-12)
+    same = torch.zeros_like(ids)
+    head = Head(head.weight[:1].expand(90, width).contiguous())
+    assert len(gpu.logits_at(wide[:, :width], head, same, ids).unique()) == 1  # ties stay ties
+
+
+@pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.parametrize(("dtype", "given"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_mean_of_the_heads_rows(
+    cap: float | None, dtype: torch.dtype, given: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several blocks of columns, with some left out; on a processor too, where another way is the usual one."""
+    monkeypatch.setattr(gpu, "MEAN_COLUMNS", 300)
+    vectors: dict[str, Any] = {"bias": torch.linspace(-1, 1, 700), "offset": torch.linspace(1, 0, 700)}
+    head = narrow_head(700, 40, dtype, scale=0.7, softcap=cap, **vectors)
+    x = random_rows(23, 40, size=0.5).to(given)
+    z = head.logits(x.double(), dtype=torch.float64)
+    lse = z.logsumexp(-1)
+    ids = torch.arange(23, device=DEVICE)[:, None] * 30 + torch.arange(3, device=DEVICE)
+    weights = (z - lse.float().double()[:, None]).exp().scatter(1, ids, 0.0)
+    rows = gpu._Rows(x, head)
+    for found in (rows.mean_row(lse, ids), rows.weighed(lse, ids)) if rows.narrow else (rows.mean_row(lse, ids),):
+        torch.testing.assert_close(found[0], weights @ head.weight.double(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found[1], weights.sum(1), atol=1e-6, rtol=1e-6)
+    if rows.narrow:
+        x[3] = torch.nan
+        mean, mass = gpu._Rows(x, head).weighed(lse, ids)
+        bad = torch.arange(23, device=DEVICE) == 3
+        assert torch.equal(mean.isnan().any(1), bad)
+        assert torch.equal(mass.isnan(), bad)
+
+
+@pytest.mark.parametrize(("capability", "large"), [((8, 0), False), ((9, 0), True), ((10, 0), False)])
+def test_tiles_by_gpu_and_request(capability: tuple[int, int], large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_capability", functools.partial(_given, capability))
+    head, targets = narrow_head(30, 4), torch.zeros(100, 2, dtype=torch.int64)
+    plain = Request(5, 30)
+    assert gpu.tile_for(head, 100, plain, None) == (gpu.HOPPER if large else gpu.TILE)
+    assert gpu.tile_for(head, 100, plain.with_targets(targets[:, :0]), None) == (gpu.HOPPER if large else gpu.TILE)
+    assert gpu.tile_for(head, 100, plain.with_targets(targets), None) == (gpu.HOPPER_TARGETS if large else gpu.TILE)
+    for n, request in ((64, plain), (100, replace(plain, allowed=targets[:30, 0] == 0)), (100, Request(40, 50))):
+        assert gpu.tile_for(head, n, request, None) == gpu.TILE
+
+
+@pytest.mark.parametrize("tile", [gpu.HOPPER, gpu.HOPPER_TARGETS])
+def test_larger_tiles(tile: gpu.Tile) -> None:
+    head, x = narrow_head(1100, 70), random_rows(140, 70, size=0.5).bfloat16()
+    ids = torch.tensor([0, 600, 1099]) if tile is gpu.HOPPER_TARGETS else None
+    request = Request(21, 1100, None if ids is None else ids.to(DEVICE).expand(140, 3))
+    rows = gpu._Rows(x, head)
+    found = conclude(gpu.scan(rows, request, tile=tile, splits=2), rows, head, request)
+    exact = statistics(x, head, top_k=21, targets=ids, backend="reference")
+    assert_same(found.map(lambda v: v.unsqueeze(0)), exact, tolerance=2e-6)
+
+
+def test_parts_are_cut_so_that_a_gpu_is_busy() -> None:
+    for programs, tiles in ((1, 1002), (16, 501), (33, 384), (64, 1002), (132, 500), (200, 10), (1, 1), (5, 7)):
+        parts = gpu._parts(programs, tiles, 132)
+        assert 1 <= parts <= max(1, tiles // 8)
+        longest = -(-programs * parts // 132) * -(-tiles // parts)
+        assert longest * 132 <= 1.6 * max(programs * tiles, 132 * 8) + 132 * programs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -267,11 +342,17 @@ def test_columns_too_close_to_call_are_settled_one_by_one(scanned_again: list[in
     assert scanned_again == []
 
 
-def test_a_row_with_too_many_close_columns_is_scanned_again(scanned_again: list[int]) -> None:
+def test_a_row_with_too_many_close_columns_is_scanned_again(
+    scanned_again: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = gpu.CLOSE[0]
     weight = narrow_head(300, 24).weight.clone()
-    weight[100 : 101 + 2 * gpu.CLOSE] = weight[100]
+    weight[100 : 101 + 2 * least] = weight[100]
     x = random_rows(1, 6, 24)
     x[:, 2:] *= 0.5
+    assert_same(*both(x, Head(weight), targets=torch.tensor([100, 170, 5])), tolerance=2e-6)
+    assert scanned_again == []  # of few rows many columns are listed
+    monkeypatch.setattr(gpu, "CLOSE_VALUES", 0)
     assert_same(*both(x, Head(weight), targets=torch.tensor([100, 170, 5])), tolerance=2e-6)
     assert sum(scanned_again) == 6
 
@@ -397,9 +478,10 @@ def test_it_is_launched_on_the_heads_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
             return run
 
-    monkeypatch.setattr(torch.cuda, "device", guard)
-    with gpu._on(torch.device("cuda:1")):
-        asked.append("inside")
+    with monkeypatch.context() as patched:  # PyTorch itself asks for that class
+        patched.setattr(torch.cuda, "device", guard)
+        with gpu._on(torch.device("cuda:1")):
+            asked.append("inside")
     assert asked == [torch.device("cuda:1"), "inside", "left"]
     with gpu._on(torch.device("cpu")):
         pass
@@ -523,14 +605,18 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from logitlab.logits.gpu import BLOCK
+from logitlab.logits import gpu
 from logitlab.logits.gpu_scan import scan_kernel
 
 architecture, dtype, pieces, extras = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "all"
+TILE = getattr(gpu, sys.argv[5])
+lean = TILE is not gpu.TILE
+keep = 32 if lean else 64 if extras else 16
 constants = dict(
-    PIECES=pieces, BIAS=extras, OFFSET=extras, CAP=extras, FILTER=extras, KL=extras, TARGETS=16 if extras else 0,
-    KEEP=64 if extras else 16, KEEP_PADDED=64 if extras else 16, RANKED=64 if extras else 0,
-    RANKED_PADDED=64 if extras else 1, ROWS=BLOCK[0], COLUMNS=BLOCK[1], DEPTH=BLOCK[2], WIDEN=False,
+    PIECES=pieces, BIAS=extras, OFFSET=extras, CAP=extras, FILTER=extras and not lean, KL=extras and not lean,
+    TARGETS=16 if extras and TILE is not gpu.HOPPER else 0, KEEP=keep, KEEP_PADDED=keep,
+    RANKED=64 if extras and not lean else 0, RANKED_PADDED=64 if extras and not lean else 1,
+    ROWS=TILE.rows, COLUMNS=TILE.columns, DEPTH=TILE.depth, WIDEN=False,
 )
 types = dict.fromkeys(scan_kernel.arg_names, "i32")
 types |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(["xs", "w"], "*" + dtype)
@@ -544,7 +630,7 @@ even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(scan_kernel.arg
 made = triton.compile(
     ASTSource(fn=scan_kernel, signature=types, constexprs=constants, attrs=even),
     target=GPUTarget("cuda", architecture, 32),
-    options=dict(num_warps=8, num_stages=3, enable_fp_fusion=True),
+    options=dict(num_warps=TILE.warps, num_stages=TILE.stages, enable_fp_fusion=True),
 )
 text = made.asm["ptx"]
 found = "wgmma" if "wgmma.mma_async" in text else "mma" if "mma.sync" in text else "nothing"
@@ -553,25 +639,29 @@ print(found, made.metadata.shared)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "pieces", "extras", "instruction", "kib"),
+    ("architecture", "dtype", "pieces", "extras", "tile", "instruction", "kib"),
     [
-        (75, "fp16", 3, "all", "nothing", 64),  # Triton makes no tensor core instructions for Turing
-        (80, "bf16", 1, "none", "mma", 99),
-        (80, "fp16", 3, "all", "mma", 99),
-        (86, "bf16", 3, "all", "mma", 99),
-        (89, "fp16", 3, "all", "mma", 99),
-        (90, "bf16", 1, "none", "wgmma", 99),
-        (90, "fp16", 3, "all", "wgmma", 99),
-        (120, "bf16", 3, "all", "mma", 99),
+        (75, "fp16", 3, "all", "TILE", "nothing", 64),  # Triton makes no tensor core instructions for Turing
+        (80, "bf16", 1, "none", "TILE", "mma", 99),
+        (80, "fp16", 3, "all", "TILE", "mma", 99),
+        (86, "bf16", 3, "all", "TILE", "mma", 99),
+        (89, "fp16", 3, "all", "TILE", "mma", 99),
+        (90, "bf16", 1, "none", "TILE", "wgmma", 99),
+        (90, "fp16", 3, "all", "TILE", "wgmma", 99),
+        (90, "bf16", 1, "none", "HOPPER", "wgmma", 227),
+        (90, "bf16", 3, "all", "HOPPER", "wgmma", 227),
+        (90, "bf16", 1, "none", "HOPPER_TARGETS", "wgmma", 227),
+        (90, "fp16", 3, "all", "HOPPER_TARGETS", "wgmma", 227),
+        (120, "bf16", 3, "all", "TILE", "mma", 99),
     ],
 )
 def test_it_compiles_for_gpus(
-    architecture: int, dtype: str, pieces: int, extras: str, instruction: str, kib: int
+    architecture: int, dtype: str, pieces: int, extras: str, tile: str, instruction: str, kib: int
 ) -> None:
     """Without a GPU: to machine code that multiplies on tensor cores and whose tiles fit into KiB of shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE, str(architecture), dtype, str(pieces), extras],
+        [sys.executable, "-W", "ignore", "-c", COMPILE, str(architecture), dtype, str(pieces), extras, tile],
         capture_output=True,
         text=True,
         env=environment,

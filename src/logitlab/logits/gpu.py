@@ -19,7 +19,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from logitlab.errors import KernelError
 from logitlab.logits import tiled as _tiled
 from logitlab.logits.choose import interpreted
-from logitlab.logits.gpu_scan import scan_kernel
+from logitlab.logits.gpu_scan import pairs_kernel, scan_kernel
 from logitlab.logits.head import Head, LogitSource
 from logitlab.logits.partial import BASE, SPARE, Base, Candidates, Partial, conclude, ruled_out_before
-from logitlab.logits.rows import HeadRows
+from logitlab.logits.rows import HeadRows, product
 from logitlab.logits.statistics import TIE, Request, Statistics
 
 log = logging.getLogger("logitlab")
@@ -47,12 +47,50 @@ MOST_CANDIDATES = 64
 MOST_TARGETS = 16
 """Targets of a row that a program counts for; where more are wanted the tiled backend decodes."""
 
-CLOSE = 64
-"""Columns too close to a target to call that are listed, of each row, target and part of the columns."""
+CLOSE = (64, 1024)
+"""Least and most columns too close to a target to call that are listed, of each row, target and part of the columns.
 
-BLOCK = (64, 128, 64)
-"""Rows, columns and depth of a program's tile. Two of three stages wait in shared memory: 48 KiB; with those of
-Hopper's tensor cores three, 72 KiB."""
+In the middle of 128,000 logits some hundreds can be that close, and a row with more is scanned again, which is slow."""
+
+CLOSE_VALUES = 2**24
+"""Most columns that are listed in all, while there are no fewer than the least for each."""
+
+PART_TILES = 4
+"""Tiles whose time the start of a part of the columns takes: its first columns are nearly all candidates."""
+
+
+class Tile(NamedTuple):
+    """What a program multiplies at once, and with what.
+
+    Attributes:
+        rows: rows of the logits that it has in registers.
+        columns: their columns.
+        depth: how much of the width is multiplied between two loads.
+        warps: warps of a program.
+        stages: pieces of that depth that are loaded ahead.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 8
+    stages: int = 3
+
+
+TILE = Tile(64, 128, 64)
+"""For any GPU. Two of three stages wait in shared memory: 48 KiB; with those of Hopper's tensor cores three, 72 KiB."""
+
+HOPPER = Tile(128, 256, 64)
+"""For capability 9.0 where nothing but the top and the sums is wanted: 144 KiB."""
+
+HOPPER_TARGETS = Tile(128, 128, 64)
+"""For capability 9.0 with targets, which take registers: 96 to 128 KiB."""
+
+PAIR_DEPTH = 512
+"""Numbers of two rows that `pairs_kernel` multiplies at once."""
+
+MEAN_COLUMNS = 8192
+"""Columns that are weighed at once."""
 
 _CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 5)}
 """By the head's dtype, the least compute capability of an NVIDIA GPU that the kernel is compiled for."""
@@ -113,7 +151,7 @@ def _try(head: Head) -> None:
     Raises:
         KernelError: it does not run.
     """
-    size, device = min(head.vocab_size, BLOCK[1]), head.weight.device
+    size, device = min(head.vocab_size, TILE.columns), head.weight.device
     part = replace(
         head,
         weight=head.weight.detach()[:size],
@@ -131,6 +169,40 @@ def _try(head: Head) -> None:
 
 class _Rows(HeadRows):
     """Rows whose products a tensor core sums."""
+
+    def at(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Float64 logits of (row, column) pairs, both [m] -> [m]; there can be hundreds for each row."""
+        if self.x.device.type != "cuda" or not rows.numel():
+            return super().at(rows, ids)
+        return logits_at(self.x, self.head, rows, ids)
+
+    def mean_row(self, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `HeadRows.mean_row`; on tensor cores where rows and head are bfloat16."""
+        if self.x.device.type != "cuda" or not self.narrow:
+            return super().mean_row(lse, ids)
+        return self.weighed(lse, ids)
+
+    def weighed(self, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`mean_row` by products of bfloat16 numbers: rows as they are, weights in pieces that hold all their bits."""
+        head, (n, d) = self.head, self.x.shape
+        total = torch.zeros(n, d, dtype=torch.float64, device=self.x.device)
+        mass = torch.zeros(n, dtype=torch.float64, device=self.x.device)
+        for start in range(0, head.vocab_size, MEAN_COLUMNS):
+            columns = slice(start, min(start + MEAN_COLUMNS, head.vocab_size))
+            weight = head.weight[columns]
+            z = product(self.given, weight.T)
+            z = head.postmap(z if head.bias is None else z + head.bias[columns].float())
+            z = z if head.offset is None else z + head.offset[columns].float()
+            weights = (z - lse.float().unsqueeze(1)).exp()
+            row, place = ((ids >= columns.start) & (ids < columns.stop)).nonzero(as_tuple=True)
+            weights[row, ids[row, place] - columns.start] = 0.0
+            mass += weights.sum(dim=1, dtype=torch.float64)
+            pieces, factor, step = pieces_of(weights, weight.dtype)
+            part = product(pieces[-1], weight)
+            for piece in reversed(pieces[:-1]):
+                part = product(piece, weight) + step * part
+            total += part * factor.unsqueeze(1)
+        return total, mass
 
     @cached_property
     def bound(self) -> torch.Tensor:
@@ -199,6 +271,37 @@ def pieces_of(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     return torch.stack(pieces), factor, step
 
 
+def logits_at(x: torch.Tensor, head: Head, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Float64 logits of (row, column) pairs; a GPU need not write out the numbers that it multiplies.
+
+    Args:
+        x: rows [n, d].
+        head: the head.
+        rows: [m] int64.
+        ids: [m] int64.
+
+    Raises:
+        KernelError: the kernel cannot be compiled or started here.
+    """
+    w = head.weight.detach()
+    x, rows, ids = (v.to(w.device).contiguous() for v in (x, rows, ids))  # ids of targets come from the caller
+    z = torch.empty(len(rows), dtype=torch.float64, device=w.device)
+    given = x, w, rows, ids, z, x.shape[1], x.stride(0), w.stride(0)
+    _launch(pairs_kernel, head, (len(rows),), *given, DEPTH=PAIR_DEPTH)
+    if head.bias is not None:
+        z = z + head.bias.detach()[ids].double()
+    z = head.postmap(z)
+    return z if head.offset is None else z + head.offset.detach()[ids].double()
+
+
+def tile_for(head: Head, n: int, request: Request, base: Base | None) -> Tile:
+    """What a program had best work on at once. Measured on capability 9.0; elsewhere what fits anywhere."""
+    lean = base is None and request.allowed is None and request.top_k + SPARE <= BASE + SPARE
+    if _capability(head.weight.device) != (9, 0) or n <= TILE.rows or not lean:
+        return TILE
+    return HOPPER if request.targets is None or not request.targets.shape[1] else HOPPER_TARGETS
+
+
 def scan(
     rows: HeadRows,
     request: Request,
@@ -206,7 +309,7 @@ def scan(
     place: torch.Tensor | None = None,
     *,
     first: int = 0,
-    block: tuple[int, int, int] | None = None,
+    tile: Tile | None = None,
     splits: int | None = None,
 ) -> Partial:
     """One pass over the columns of ``rows.head``.
@@ -217,7 +320,7 @@ def scan(
         base: the reference distributions.
         place: [n] which of them each row is compared with.
         first: id of the head's first column, where it is a part of a larger one.
-        block: rows, columns and depth of a program's tile.
+        tile: what a program works on at once; by default `tile_for`.
         splits: parts that the columns are cut into; by default enough to occupy the GPU.
     """
     if base is not None and base.mean is not None:
@@ -225,11 +328,11 @@ def scan(
     head, device = rows.head, rows.x.device
     n, d = rows.x.shape
     size = head.vocab_size
-    block = block or BLOCK
-    programs = math.ceil(n / block[0])
+    tile = tile or tile_for(head, n, request, base)
+    programs = math.ceil(n / tile.rows)
     if splits is None:
-        splits = max(1, min(size // 1024, math.ceil(_processors(device) * 2 / programs)))
-    width = math.ceil(size / splits / block[1]) * block[1]
+        splits = _parts(programs, math.ceil(size / tile.columns), _processors(device))
+    width = math.ceil(size / splits / tile.columns) * tile.columns
     splits = math.ceil(size / width)
     xs, factor, step = pieces_of(rows.given, head.weight.dtype)
     keep = request.top_k + SPARE  # also of a part with fewer columns, which then takes in what other parts found
@@ -243,7 +346,8 @@ def scan(
     padded = _padded(m) if m else 0  # a kernel for every power of two, not for every number of targets
     above = torch.zeros(splits, n, padded, dtype=torch.int32, device=device)
     near = torch.zeros_like(above)
-    close = torch.empty(splits, n, padded, CLOSE, dtype=torch.int32, device=device)
+    slots = min(CLOSE[1], max(CLOSE[0], CLOSE_VALUES // max(1, splits * n * padded)))
+    close = torch.empty(splits, n, padded, slots, dtype=torch.int32, device=device)
     low = high = ref_z = ref_w = ids = target = nothing
     if m:
         assert request.targets is not None
@@ -265,6 +369,7 @@ def scan(
         mass = ref_w.sum(dim=1, dtype=torch.float64)
     weight = head.weight.detach()
     _launch(
+        scan_kernel,
         head,
         (programs, splits),
         xs,
@@ -296,7 +401,7 @@ def scan(
         width,
         weight.stride(0),
         first,
-        CLOSE,
+        slots,
         head.scale / head.softcap if head.softcap else head.scale,
         head.softcap or 0.0,
         step,
@@ -311,27 +416,15 @@ def scan(
         KEEP_PADDED=best.z.shape[2],
         RANKED=keep_ranked,
         RANKED_PADDED=ranked.z.shape[2],
-        ROWS=block[0],
-        COLUMNS=block[1],
-        DEPTH=block[2],
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
         WIDEN=interpreted(),
-        num_warps=8,
-        num_stages=3,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         enable_fp_fusion=True,
     )
-    partials = [
-        _partial(
-            largest[s],
-            {name: v[s] for name, v in floats.items()},
-            _some(best, s, keep),
-            _some(ranked, s, keep_ranked),
-            base,
-        )
-        for s in range(splits)
-    ]
-    whole = partials[0]
-    for part in partials[1:]:
-        whole = whole.merge(part)
+    whole = _merged(largest, floats, best, ranked if keep_ranked else None, keep, cross=base is not None)
     whole.mass = mass
     if request.targets is not None:
         whole.before = above.sum(0)[:, :m].long()
@@ -380,16 +473,15 @@ def _settle(
         before[many] = counted.before
 
 
-def _launch(head: Head, grid: tuple[int, int], *given: Any, **constants: Any) -> None:
-    """Start the kernel where the head is.
+def _launch(kernel: Any, head: Head, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
+    """Start a kernel where the head is.
 
     Raises:
         KernelError: it cannot be compiled or started; noted, so that `why_not` says so from then on.
     """
-    launch: Any = scan_kernel
     try:
         with _on(head.weight.device):
-            launch[grid](*given, **constants)
+            kernel[grid](*given, **constants)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -411,6 +503,16 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _parts(programs: int, tiles: int, processors: int) -> int:
+    """Parts of the columns with which all multiprocessors are done soonest, of ``tiles`` tiles of columns."""
+    most = max(1, min(tiles // 8, 2 * math.ceil(processors / programs)))
+
+    def steps(parts: int) -> int:
+        return math.ceil(programs * parts / processors) * (math.ceil(tiles / parts) + PART_TILES)
+
+    return min(range(1, most + 1), key=steps)
+
+
 def _padded(size: int) -> int:
     """The next power of two, which tensors in a kernel need."""
     return 1 << (size - 1).bit_length()
@@ -421,21 +523,33 @@ def _empty(splits: int, n: int, keep: int, device: torch.device) -> Candidates:
     return Candidates(z, torch.zeros(splits, n, keep, dtype=torch.int32, device=device))
 
 
-def _some(found: Candidates, split: int, keep: int) -> Candidates | None:
-    """Candidates of one split, without the places that pad them to a power of two."""
-    if keep == 0:
-        return None
-    best = found.z[split].topk(keep, dim=1)
-    return Candidates(best.values, found.ids[split].gather(1, best.indices).long())
-
-
-def _partial(
+def _merged(
     largest: torch.Tensor,
     floats: dict[str, torch.Tensor],
-    best: Candidates | None,
+    best: Candidates,
     ranked: Candidates | None,
-    base: Base | None,
+    keep: int,
+    *,
+    cross: bool,
 ) -> Partial:
-    assert best is not None
-    cross = floats["cross"] if base is not None else None
-    return Partial(largest, floats["sum"], floats["moment"], best, best if ranked is None else ranked, cross=cross)
+    """`Partial.merge` of all parts at once: there can be a hundred, and a GPU waits for each small step."""
+    top = largest.amax(0)
+    shift = (largest.double() - top.double()).nan_to_num(nan=0.0, neginf=-1e30)
+    old, total, moment = shift.exp(), floats["sum"], floats["moment"]
+    moment = torch.where(total == 0, moment, moment + total * shift)
+    likeliest = _best(best, keep)
+    return Partial(
+        top,
+        (total * old).sum(0),
+        (moment * old).sum(0),
+        likeliest,
+        likeliest if ranked is None else _best(ranked, keep),
+        cross=floats["cross"].sum(0) if cross else None,
+    )
+
+
+def _best(found: Candidates, keep: int) -> Candidates:
+    """The best of all parts [splits, n, padded], without the places that pad them to a power of two."""
+    z, ids = (v.transpose(0, 1).flatten(1) for v in (found.z, found.ids))
+    best = z.topk(keep, dim=1)
+    return Candidates(best.values, ids.gather(1, best.indices).long())

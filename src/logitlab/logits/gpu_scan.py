@@ -1,4 +1,4 @@
-"""The kernel of the triton backend. Types are those of Triton's own language, so Python's are not declared."""
+"""The kernels of the triton backend. Types are those of Triton's own language, so Python's are not declared."""
 
 # ruff: noqa: N803, ANN
 
@@ -149,22 +149,20 @@ def scan_kernel(
         bad = tl.maximum(bad, tl.max(odd.to(tl.int32), 1))
         z = tl.where(both & (z == z), z, float("-inf"))
         ranked = z
-        competes = both
         if FILTER:
             fine = tl.load(allowed + column, mask=there, other=0) != 0
             ranked = tl.where(fine[None, :], z, float("-inf"))
-            competes = both & fine[None, :]
         if TARGETS > 0:
             for m in range(TARGETS):
                 own = tl.load(targets + row * TARGETS + m, mask=here, other=-1) - first
                 lo = tl.load(low + row * TARGETS + m, mask=here, other=float("inf"))
                 hi = tl.load(high + row * TARGETS + m, mask=here, other=float("inf"))
-                rival = competes & (column[None, :] != own[:, None])
+                rival = column[None, :] != own[:, None]  # what does not compete is -inf, and lo and hi are not
                 over = tl.sum((rival & (ranked > hi[:, None])).to(tl.int32), 1)
                 above += tl.where(numbers[None, :] == m, over[:, None], 0)
                 close = rival & (ranked >= lo[:, None]) & (ranked <= hi[:, None])
                 count = tl.sum(close.to(tl.int32), 1)
-                if tl.max(count, 0) > 0:  # rare: most tiles have none
+                if tl.max(count, 0) > 0:
                     had = tl.sum(tl.where(numbers[None, :] == m, near, 0), 1)
                     slot = had[:, None] + tl.cumsum(close.to(tl.int32), 1) - 1
                     at_close = ((split.to(tl.int64) * n + row64) * TARGETS + m)[:, None] * slots + slot
@@ -208,3 +206,19 @@ def scan_kernel(
         at_target = to[:, None] * TARGETS + numbers[None, :]
         tl.store(out_above + at_target, above, mask=here[:, None])
         tl.store(out_near + at_target, near, mask=here[:, None])
+
+
+@triton.jit
+def pairs_kernel(x, w, rows, ids, out, d, x_stride, w_stride, DEPTH: tl.constexpr):
+    """``out[i] = x[rows[i]] . w[ids[i]]`` in float64, a program for each; all are summed in the same order."""
+    pair = tl.program_id(0).to(tl.int64)
+    a_row = x + tl.load(rows + pair) * x_stride
+    b_row = w + tl.load(ids + pair) * w_stride
+    depth = tl.arange(0, DEPTH)
+    total = tl.zeros([DEPTH], tl.float64)
+    for k in range(0, d, DEPTH):
+        inside = (k + depth) < d
+        a = tl.load(a_row + k + depth, mask=inside, other=0.0)
+        b = tl.load(b_row + k + depth, mask=inside, other=0.0)
+        total += a.to(tl.float64) * b.to(tl.float64)
+    tl.store(out + pair, tl.sum(total, 0))
