@@ -19,7 +19,7 @@ from pathlib import Path
 
 from machine import Result, described, spread
 
-PROMPT = "When the train arrived at the station in the evening, nobody was there, and the old clock had stopped at"
+PROMPT = "When the train arrived at the station in the evening, nobody was there, and the clock had stopped"
 """20 tokens of the default model."""
 
 CLICK = """() => new Promise((done) => {
@@ -97,8 +97,8 @@ def markdown(found: Result) -> str:
     ms = found["milliseconds"]
     return (
         f"A prompt of {found['tokens']} tokens on the default model, {len(ms['whole'])} times in Chromium "
-        f"{found['browser']} (headless): from the click to the picture {spread(ms['whole'])} ms, of which the reading takes "
-        f"{spread(ms['reading'])} ms; the app adds {spread(ms['added'])} ms."
+        f"{found['browser']} (headless): from the click to the picture {spread(ms['whole'])} ms, of which the "
+        f"reading takes {spread(ms['reading'])} ms; the app adds {spread(ms['added'])} ms."
     )
 
 
