@@ -1,11 +1,12 @@
 # Every target sets up what it needs in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow real lint format notebooks gallery docs bench lenses studies studies-smoke coverage coverage-slice check clean
+.PHONY: help setup demo test slow browser real lint format notebooks gallery docs bench lenses studies studies-smoke coverage coverage-slice check clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +30,13 @@ demo: $(VENV)/.demo ## read "The capital of France is" with the default model
 	$(BIN)/logitlab read "The capital of France is" --target " Paris" --html demo/france.html --figure demo/france.png --save demo/france.parquet
 
 test: $(VENV)/.dev ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not packages and not notebooks"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) -m "not slow and not packages and not notebooks and not browser"
 
 slow: $(VENV)/.dev ## run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m "slow and not packages"
+
+browser: $(VENV)/.dev ## run the tests of the page, the widget and the app in Debian's chromium
+	$(BIN)/python -m pytest -m "browser and not slow"
 
 real: $(VENV)/.dev ## download real models (2.1 GB), test on them, and write the pictures of docs/real
 	$(BIN)/logitlab fetch gemma-3-270m whisper-tiny.en antiberty resnet-50 opus-mt-en-fr stories15m minimind2-small
@@ -77,7 +81,7 @@ coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has
 coverage-slice: $(VENV)/.dev ## verify a few types of each task; fails if one got worse since docs/coverage.jsonl
 	$(BIN)/logitlab verify --all --slice --check
 
-check: lint test docs ## everything that CI runs
+check: lint test browser docs ## everything that CI runs
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .bench .lenses .studies demo site build dist

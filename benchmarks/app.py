@@ -55,7 +55,7 @@ def served() -> Generator[str]:
     thread = threading.Thread(target=running.run, kwargs={"sockets": [found]})
     thread.start()
     try:
-        yield f"{settings.address}?token={settings.token}"
+        yield settings.entrance
     finally:
         running.should_exit = True
         thread.join()

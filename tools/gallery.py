@@ -27,7 +27,7 @@ FRANCE = "The capital of France is"
 
 
 def main() -> None:
-    """Write docs/images/page.png and docs/images/gallery/*.png."""
+    """Write docs/images/page.png, and into docs/images/gallery the pictures and the reading of the live grid."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the pictures")
     out: Path = parser.parse_args().out
@@ -50,7 +50,9 @@ def _pages(page: Page, out: Path) -> None:
     """The exported page: the README's picture, and a long text by KL in the dark."""
     model = ll.load("default")
     with tempfile.TemporaryDirectory() as folder:
-        file = ll.read(model, FRANCE, target=" Paris").html(Path(folder) / "france.html")
+        reading = ll.read(model, FRANCE, target=" Paris")
+        reading.save(out / "france.parquet")
+        file = reading.html(Path(folder) / "france.html")
         page.goto(file.as_uri())
         page.screenshot(path=out.parent / "page.png")
         text = " ".join(Path("README.md").read_text(encoding="utf-8").split()[:1200])

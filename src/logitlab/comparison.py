@@ -112,12 +112,23 @@ def compare(model: Model, inputs: Any, lenses: Mapping[str, Lens], *, sites: Any
         raise InputError(f"{strange!r} is a {type(given[strange]).__name__}, not a lens: load_lens() gives one")
     if "lens" in options:
         raise InputError("compare() takes lenses=, not lens=")
-    chosen = _common(model, lenses) if sites is None else sites
+    chosen = common_sites(model, lenses) if sites is None else sites
     return Comparison({name: read(model, inputs, lens=lens, sites=chosen, **options) for name, lens in lenses.items()})
 
 
-def _common(model: Model, lenses: Mapping[str, Lens]) -> list[str]:
-    """Sites of the residual stream that every lens can be used at."""
+def common_sites(model: Model, lenses: Mapping[str, Lens]) -> list[str]:
+    """Sites of the residual stream that every lens can be used at.
+
+    Args:
+        model: the model.
+        lenses: lenses by name.
+
+    Raises:
+        InputError: a lens is not for this model, or they have no site in common.
+
+    Example:
+        ``read(model, inputs, lens=lens, sites=common_sites(model, {"tuned": lens}))`` reads where the lens is.
+    """
     every = model.select_sites(None)
     refused: InputError | None = None
     for lens in lenses.values():

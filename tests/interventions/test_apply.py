@@ -104,8 +104,9 @@ def test_components_heads_and_neurons(name: str) -> None:
         handle = part.module.register_forward_pre_hook(without)
         expected = logits(model, ids)
         handle.remove()
+        scale = max(1.0, float(expected.abs().max()))  # T5's logits go up to 15, and float32 is off by 7e-5 there
         with iv.intervene(model, iv.ablate(f"1.{kind}.{index}")):
-            torch.testing.assert_close(logits(model, ids), expected, atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(logits(model, ids), expected, atol=1e-6 * scale, rtol=1e-5)
 
 
 def test_swapped_coordinates() -> None:

@@ -109,6 +109,7 @@ def settings(shelf: Shelf, **changes: Any) -> Settings:
             waiting=4,
             upload_bytes=200_000,
             cells=1000,
+            places=300,
             images=2,
             pixels=20_000,
         ),

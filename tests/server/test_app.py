@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
+import socket
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -16,6 +19,7 @@ import torch
 from logitlab import __version__
 from logitlab.reading import Reading
 from logitlab.server import app as application
+from logitlab.server import queue as queues
 from logitlab.server.queue import Job, Queue
 from logitlab.server.settings import Source
 from tests.server.conftest import Shelf, settings
@@ -106,7 +110,7 @@ def test_a_body_that_lies_about_its_length(app: Running) -> None:
     assert app.raw(request(app, "Content-Length: -1") + body).startswith(b"HTTP/1.1 400")
     assert app.raw(request(app, "Content-Length: 1", "Content-Length: 2") + body).startswith(b"HTTP/1.1 400")
     app.idle()
-    assert app.server.queue._reserved == 0
+    assert app.server._bodies == 0
     app.result(READ)
 
 
@@ -114,7 +118,36 @@ def test_a_body_that_does_not_come(app: Running, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(application, "UPLOAD_SECONDS", 0.1)
     answer = app.raw(request(app, "Content-Length: 100", "Connection: close") + b"{")
     assert answer.startswith(b"HTTP/1.1 408")
-    assert app.server.queue._reserved == 0
+    assert app.server._bodies == 0
+
+
+def test_bodies_that_come_slowly_hold_no_places(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "BODIES", 6)
+    slow = [socket.create_connection(("127.0.0.1", app.port), timeout=20) for _ in range(6)]
+    try:
+        for n, there in enumerate(slow):
+            there.sendall(request(app, "Content-Length: 100") + b"{")
+            if n == 4:  # five of them are more than may wait
+                until = time.monotonic() + 10
+                while app.server._bodies < 5:
+                    assert time.monotonic() < until
+                    time.sleep(0.005)
+                app.result(READ)
+        while app.server._bodies < 6:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        answer = app.post(READ)
+        assert answer.status_code == 503
+        assert answer.json() == {"message": "the server is busy: 6 requests are coming in; try again"}
+        assert int(answer.headers["retry-after"]) >= 1
+    finally:
+        for there in slow:
+            there.close()
+    until = time.monotonic() + 10
+    while app.server._bodies:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    app.result(READ)
 
 
 # -- streams -----------------------------------------------------------------------------------------
@@ -166,6 +199,25 @@ def test_cancelling_what_waits(app: Running) -> None:
             app.client.post(f"/api/cancel/{queued['id']}")
             assert [line for line in second if line.startswith("event")] == ["event: error"]
         assert app.server.queue._running is not None
+    app.idle()
+
+
+def test_a_client_that_leaves_while_it_waits_frees_its_place(app: Running) -> None:
+    with app.stream(LONG) as first:
+        next(line for line in first if line == "event: started")
+        at_work = app.server.queue._running
+        assert at_work is not None
+        with ExitStack() as stack:
+            waiting = [stack.enter_context(app.stream(READ)) for _ in range(4)]
+            for lines in waiting:
+                next(line for line in lines if line == "event: queued")
+            assert app.post(READ).status_code == 503
+        while app.server.queue._waiting:
+            assert app.server.queue._running is at_work  # all the while
+            time.sleep(0.005)
+        with app.stream(READ) as lines:
+            assert next(line for line in lines if line == "event: queued")
+        assert not at_work.over
     app.idle()
 
 
@@ -250,8 +302,7 @@ def test_a_reader_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch)
         await asyncio.sleep(60)
 
     async def talk() -> float:
-        with queue.reserve() as place:
-            answer = application._Events(place, work)
+        answer = application._Events(queue, work)
         begun = time.monotonic()
         await answer({}, receive, send)
         return time.monotonic() - begun
@@ -261,6 +312,67 @@ def test_a_reader_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch)
     assert len(sizes) == 5
     assert max(sizes) == application.PIECE
     assert queue.close(5)
+
+
+def test_work_waits_for_a_reader_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "PENDING", 200_000)
+    queue, told, sent = Queue(1), [], bytearray()
+    text = "x" * 50_000
+
+    def work(job: Job) -> dict[str, Any]:
+        for n in range(40):
+            job.wait()
+            job.tell("step", {"n": n, "text": text})
+            told.append(n)
+        return {"n": len(told)}
+
+    async def talk() -> int:
+        takes = asyncio.Event()
+        most = 0
+
+        async def send(message: Any) -> None:
+            await takes.wait()
+            sent.extend(message.get("body", b""))
+
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        answer = application._Events(queue, work)
+        done = asyncio.create_task(answer({}, receive, send))
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            most = max(most, len(told))
+        takes.set()
+        await done
+        assert answer._pending == 0
+        return most
+
+    assert asyncio.run(talk()) <= 5  # two megabytes would be waiting
+    events = events_of(sent.decode())
+    assert [data["n"] for name, data in events if name == "step"] == list(range(40))
+    assert events[-1] == ("result", {"n": 40})
+    assert queue.close(5)
+
+
+def test_what_is_written_waits_for_its_reader(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "PENDING", 0)  # as if nobody took anything
+    monkeypatch.setattr(queues, "SLOW_SECONDS", 0.1)
+    events = app.events(LONG | {"model": "tiny"})
+    assert "step" not in [name for name, _ in events]
+    assert events[-1][1] == {"message": "cancelled", "kind": "cancelled"}
+    monkeypatch.undo()
+    app.result(READ)
+
+
+def test_a_result_that_cannot_be_sent_is_an_error(
+    app: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(application, "do", lambda *_: {"notes": [], "what": {1, 2}})
+    _, error = app.events(READ)[-1]
+    assert error == {"message": "the server failed; its terminal says why", "kind": "internal"}
+    assert "not JSON serializable" in caplog.text
+    monkeypatch.undo()
+    app.result(READ)
 
 
 # -- many at once ------------------------------------------------------------------------------------
@@ -289,11 +401,10 @@ def test_a_hundred_at_once(shelf: Shelf) -> None:
         assert len(set(grids)) == 1
         for answer in busy:
             message = answer.json()["message"]
-            assert message.startswith("the server is busy: ")
-            assert message.endswith(" requests wait; try again")
+            assert re.fullmatch(r"the server is busy: \d+ requests (wait|are coming in); try again", message)
             assert int(answer.headers["retry-after"]) >= 1
         app.result(READ)
-        assert app.server.queue._reserved == 0
+        assert app.server._bodies == 0
 
 
 # -- models ------------------------------------------------------------------------------------------
@@ -315,7 +426,7 @@ def test_models_are_loaded_when_they_are_asked_for_and_make_room(shelf: Shelf) -
         assert not [data for name, data in first if name == "progress" and "loading" in data["what"]]
         events = app.events(READ | {"do": "compare", "other": {"model": "other"}})
         said = [data["what"] for name, data in events if name == "progress"]
-        assert [what for what in said if what != "reading"][:2] == ["loading other", "reading the files"]
+        assert [what for what in said if "reading" not in what] == ["loading other"]
         app.result(READ)
         app.result(READ | {"model": "slow"})  # "other" was used longest ago
         assert loads == ["tiny", "other", "slow"]
@@ -345,6 +456,35 @@ def test_loading_goes_on_when_nobody_listens(shelf: Shelf, caplog: pytest.LogCap
         app.idle()
         assert app.client.get("/api/about").json()["models"][0] == {"name": "tiny", "loaded": True}
         assert "cannot be loaded" not in caplog.text
+
+
+def test_what_the_loader_says_of_folders_is_not_told(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    from logitlab.cli.options import Placed
+    from logitlab.cli.options import load as of_command
+    from logitlab.models import load as loading
+
+    def load(place: str, say: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def slowly(name: str, **options: Any) -> Any:
+                log = logging.getLogger("logitlab")
+                log.info("looking into /root/secret")
+                log.info("converting %s to safetensors (once; kept in %s)", name, "/root/secret/cache")
+                log.info("converting more of /root/secret")
+                return shelf.models["tiny"]
+
+            patch.setattr(loading, "load", slowly)
+            return of_command(place, "auto", Placed(None, None, None, None), None, False, False, say)
+
+    caplog.set_level(logging.INFO)
+    with running(settings(shelf, load=load, lenses=(), vectors=())) as app:
+        events = app.events(READ)
+    said = [data["what"] for name, data in events if name == "progress" and data["total"] == 0]
+    assert said == ["loading tiny", "converting tiny"]
+    assert "secret" not in json.dumps(events)
+    assert "converting tiny" in [record.message for record in caplog.records if record.name == "logitlab.server"]
 
 
 def test_a_model_that_cannot_be_loaded_is_told_without_its_place(

@@ -15,6 +15,8 @@ import logitlab as ll
 from logitlab import interventions as iv
 from logitlab.views.tokens import visible
 from tests.browser import CHROMIUM, browser, open_tab, tab
+from tests.server.conftest import settings
+from tests.server.running import running
 
 __all__ = ["browser", "open_tab", "tab"]
 
@@ -38,15 +40,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class App:
     """The page, and what a user does with it."""
 
-    def __init__(self, tab: Any, address: str, state: str = "") -> None:
+    def __init__(self, tab: Any, address: str, status: str = "read in") -> None:
         self.tab = tab
         tab.goto(address)
-        self.wait("read in")
-        if state:
-            tab.goto(f"{tab.url.partition('#')[0]}#{state}")
+        self.wait(status)
 
     def wait(self, status: str) -> None:
-        self.tab.locator("#status").filter(has_text=status).wait_for(timeout=60_000)
+        """Wait until the page says so, and works no more."""
+        if status:
+            self.tab.locator("#status").filter(has_text=status).wait_for(timeout=60_000)
         self.tab.locator("#results:not([aria-busy])").wait_for()
 
     def task(self, name: str) -> None:
@@ -56,10 +58,8 @@ class App:
         self.tab.locator(f"[name={name}]").fill(text)
 
     def run(self, status: str = "read in") -> None:
+        self.tab.evaluate("document.getElementById('status').replaceChildren()")  # what the last one said
         self.tab.get_by_role("button", name="Run", exact=True).click()
-        self.tab.wait_for_function(
-            "document.querySelector('#results').getAttribute('aria-busy') || !document.querySelector('#message').hidden"
-        )
         self.wait(status)
 
     def grid(self, n: int = 0) -> Any:
@@ -179,8 +179,8 @@ def test_steering(app: App, default_model: ll.Model) -> None:
     assert app.tab.locator("#written bdi").all_inner_texts() == [plain, steered]
     assert app.cell("29.resid_post", 2, 1).inner_text() == answer
     app.tab.locator("[name=strength]").fill("0")  # the answer follows the slider
-    app.tab.locator("#outcome h2").filter(has_text="strength 0;").wait_for(timeout=30_000)
-    assert "0.00 nats" in app.text("#outcome p")
+    app.tab.locator("#outcome h2").filter(has_text="strength 0:").wait_for(timeout=30_000)
+    assert app.text("#outcome p") == "KL(before ‖ after) at the last position: 0 nats"
 
 
 def test_writing_streams_and_can_be_cancelled(app: App, default_model: ll.Model) -> None:
@@ -339,8 +339,141 @@ def test_accessibility(open_tab: Callable[..., Any], served: str, theme: str) ->
     check()
 
 
-def test_without_the_token_there_is_only_a_word(tab: Any, served: str) -> None:
-    tab.goto(served.partition("?")[0])
-    assert "address" in tab.locator("body").inner_text()
-    assert tab.locator("form").count() == 0
+# -- with tiny models, of which there are many kinds -----------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(open_tab: Callable[..., Any], shelf: Any) -> Iterator[Callable[..., App]]:
+    """``tiny(state)`` is the page of a server with the models, the lens and the vectors of `conftest`."""
+    with running(settings(shelf)) as server:
+        yield lambda state="", status="read in", **options: App(
+            open_tab(**options), f"{server.server.settings.entrance}&{state}", status
+        )
+
+
+def test_another_model_is_loaded_when_it_is_chosen(tiny: Callable[..., App]) -> None:
+    app = tiny("text=word")
+    app.tab.locator("[name=model]").select_option("llava")
+    expect(app.tab.get_by_role("button", name="Add a picture")).to_be_visible()
+    expect(app.tab.locator("#status")).to_be_empty()
+    app.tab.locator("[name=model]").select_option("vit")
+    expect(app.tab.locator("[name=text]")).to_be_hidden()
+    for task in ("Patch", "Steer", "Write"):
+        expect(app.tab.get_by_role("radio", name=task)).to_be_disabled()
+
+
+def test_a_picture(tiny: Callable[..., App], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), (200, 30, 60)).save(tmp_path / "red.png")
+    app = tiny("model=vit", "add a picture")
+    app.tab.locator("#image").set_input_files(tmp_path / "red.png")
+    expect(app.tab.locator("#images img")).to_be_visible()
+    app.run()
+    assert app.grid().locator(".patch").count() == 16
+    assert app.grid().locator(".photo").count() == 1
+    app.tab.reload()
+    expect(app.tab.locator("#message")).to_contain_text("the 1 pictures: add them again")
+
+
+def test_an_address_with_what_is_not_there(tiny: Callable[..., App]) -> None:
+    app = tiny("model=gone&lens=lost&text=word", "")
+    expect(app.tab.locator("#message")).to_contain_text("model “gone”, lens “lost”: choose anew")
+    assert app.tab.locator("#grids > section").count() == 0
+    app.run()
+    assert app.tab.locator("#grids > section").count() == 1
+
+
+def test_patching_keeps_to_what_was_read(tiny: Callable[..., App]) -> None:
+    app = tiny("text=the+capital+of&source=the+sea")
+    app.task("Patch")
+    app.tab.locator("[name=into]").select_option("end")
+    app.run("click a cell of the source")
+    app.fill("source", "something else altogether")  # not read yet
+    cell = app.grid(1).get_by_role("gridcell").first
+    cell.click()
+    app.tab.locator("#outcome h2").wait_for()
+    code = app.tab.locator("#python pre").text_content()
+    assert "the sea" in code
+    assert "something else" not in code
+    focused = "document.activeElement.shadowRoot?.activeElement?.getAttribute('role')"
+    assert app.tab.evaluate(focused) == "gridcell"  # the keyboard stays in the source
+    title = app.text("#outcome h2")
+    app.tab.reload()  # the address is that of what is shown
+    app.wait("read in")
+    app.tab.locator("#outcome h2").wait_for()
+    assert app.text("#outcome h2") == title
+    app.task("Read")  # and then a click only chooses
+    app.grid(1).get_by_role("gridcell").nth(1).click()
+    app.tab.wait_for_timeout(200)
+    assert app.text("#outcome h2") == title
+
+
+def test_writing_with_a_vector_from_a_file(tiny: Callable[..., App]) -> None:
+    app = tiny("text=the+sea")
+    app.task("Write")
+    app.fill("newTokens", "4")
+    app.run()
+    plain = app.tab.locator("#written .word").all_text_contents()
+    app.tab.get_by_label("with a vector").check()
+    app.tab.locator("[name=kind]").select_option("file")
+    app.fill("site", "2.resid_post")
+    app.tab.locator("[name=strength]").fill("20")
+    app.run()
+    assert app.tab.locator("#written .word").all_text_contents() != plain
+    assert "mood" in app.tab.locator("#python pre").text_content()
+
+
+def test_a_number_out_of_range_is_said_wherever_it_stands(tiny: Callable[..., App]) -> None:
+    app = tiny("text=word")
+    app.tab.get_by_text("Lens, sites, targets").click()
+    app.fill("topK", "50")
+    app.tab.get_by_text("Lens, sites, targets").click()  # closed again
+    app.tab.get_by_role("button", name="Run", exact=True).click()
+    expect(app.tab.locator("#message")).to_contain_text("top_k")
+    app.tab.get_by_text("Lens, sites, targets").click()
+    app.fill("topK", "")  # empty: as at the start
+    app.run()
+    app.tab.complaints[:] = [c for c in app.tab.complaints if "422" not in c]
+
+
+def test_grids_take_the_theme_of_the_page(tiny: Callable[..., App]) -> None:
+    app = tiny("text=word")
+    app.grid().get_by_role("gridcell").first.click()
+    app.tab.get_by_role("button", name="Dark theme").click()
+    app.run()
+    assert (
+        app.tab.evaluate("document.querySelector('#grids .lens').shadowRoot.querySelector('.lens').dataset.theme")
+        == "dark"
+    )
+    assert "theme" not in app.tab.url
+
+
+def test_two_grids_are_shaded_and_thinned_together(tiny: Callable[..., App]) -> None:
+    app = tiny("do=compare&text=the+sea&by=lens&otherLens=tuned")
+    app.grid().get_by_label("shade by").select_option("entropy")
+    app.grid(1).get_by_label("layers").select_option("2")
+    for n in (0, 1):
+        expect(app.grid(n).get_by_label("shade by")).to_have_value("entropy")
+        expect(app.grid(n).get_by_label("layers")).to_have_value("2")
+
+
+def test_another_prompt_opens_at_its_own_answer(tiny: Callable[..., App]) -> None:
+    app = tiny("text=the+capital+of+the+sea")
+    app.grid().get_by_role("gridcell").first.click()
+    app.fill("text", "of the sea")
+    app.run()
+    last = app.grid().get_by_role("columnheader").last.locator("small").inner_text()
+    assert f"position {last} " in app.grid().locator(".panel").inner_text()
+
+
+def test_without_the_token_there_is_only_a_word(open_tab: Callable[..., Any], served: str) -> None:
+    tab = open_tab()
+    tab.goto(served.partition("#")[0])
+    expect(tab.locator("#message")).to_contain_text("open the address that logitlab serve has printed")
+    assert tab.locator("#grids > section").count() == 0
+    tab.goto("about:blank")
+    tab.goto(served.partition("=")[0] + "=wrong-token-of-enough-characters")
+    expect(tab.locator("#message")).to_contain_text("open the address that logitlab serve has printed")
+    assert "token" not in tab.url  # it does not stay in the address
     tab.complaints[:] = [c for c in tab.complaints if "401" not in c]

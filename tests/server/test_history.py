@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,13 @@ def test_what_is_added_comes_back_newest_first(tmp_path: Path) -> None:
     assert History(tmp_path / "deep" / "history").entries() == (entries, [])
 
 
+def test_what_is_asked_again_is_kept_once(tmp_path: Path) -> None:
+    kept = History(tmp_path / "history")
+    for n in (0, 1, 1, 1, 0):  # only what was asked just before
+        kept.add("read", str(n), {"n": n})
+    assert [e["request"]["n"] for e in kept.entries()[0]] == [0, 1, 0]
+
+
 def test_files_are_the_owners_alone(tmp_path: Path) -> None:
     kept = History(tmp_path / "history")
     kept.add("read", "t", {})
@@ -41,7 +51,7 @@ def test_files_are_the_owners_alone(tmp_path: Path) -> None:
 def test_deleting(tmp_path: Path) -> None:
     kept = History(tmp_path / "history")
     for n in range(3):
-        kept.add("read", str(n), {})
+        kept.add("read", str(n), {"n": n})
     other = tmp_path / "history" / "notes.txt"
     other.write_text("mine")
     entries, _ = kept.entries()
@@ -66,23 +76,24 @@ def test_damaged_files_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
         "0" * 20 + "-00000004.json": b'{"when": "x", "do": "read", "title": 3, "request": {}}',
         "0" * 20 + "-00000005.json": b'{"when": "x", "do": "read", "title": "t", "request": {"a": NaN}}',
         "0" * 20 + "-00000006.json": b"[" * 100_000,
+        "0" * 20 + "-00000008.json": b'{"when": "x", "do": "read", "title": "\\ud800", "request": {}}',
     }
     for name, content in damaged.items():
         (tmp_path / "history" / name).write_bytes(content)
     (tmp_path / "history" / ("0" * 20 + "-00000007.json")).mkdir()
     entries, notes = kept.entries()
     assert [e["title"] for e in entries] == ["good"]
-    assert notes == ["7 damaged entries were left out"]
+    assert notes == ["8 damaged entries were left out"]
     kept.entries()
-    assert caplog.text.count("is damaged") == 7  # each is told once
-    assert kept.clear() == 8
+    assert caplog.text.count("is damaged") == 8  # each is told once
+    assert kept.clear() == 9
 
 
 def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "ENTRIES", 3)
     kept = History(tmp_path / "history")
     for n in range(5):
-        kept.add("read", str(n), {})
+        kept.add("read", str(n), {"n": n})
     assert [e["title"] for e in kept.entries()[0]] == ["4", "3", "2"]
     monkeypatch.setattr(history, "TOTAL_BYTES", 900)
     kept.add("read", "5", {"x": "y" * 700})
@@ -101,6 +112,42 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="no permission; give another folder"):
         History(tmp_path / "history")
+
+
+def test_folders_of_others_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "history"
+    History(folder)
+    for mode in (0o720, 0o702, 0o777):
+        folder.chmod(mode)
+        with pytest.raises(InputError, match=r"others may write in the folder .*history: give another folder"):
+            History(folder)
+    folder.chmod(0o755)
+    History(folder)
+    user = os.geteuid()
+    monkeypatch.setattr("os.geteuid", lambda: user + 1)
+    with pytest.raises(InputError, match=r"the folder .*history belongs to another user"):
+        History(folder)
+
+
+def test_two_servers_with_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = History(tmp_path / "history"), History(tmp_path / "history")
+    seen: list[Any] = []
+    fsync = os.fsync
+
+    def looks(handle: int) -> None:  # the other one looks while the first has not written yet
+        seen.append((other.entries(), [p.stat().st_mode & 0o777 for p in (tmp_path / "history").iterdir()]))
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", looks)
+    assert one.add("read", "first", {}) is None
+    assert seen == [(([], []), [0o600])]
+    assert [e["title"] for e in other.entries()[0]] == ["first"]
+    # What the other one deletes in the meantime costs nothing.
+    paths = one._paths()
+    (other_path,) = paths
+    monkeypatch.setattr(one, "_paths", lambda: [*paths, tmp_path / "history" / "gone.json"])
+    assert one.add("read", "second", {}) is None
+    assert other_path.exists()
 
 
 def test_where_it_is_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,10 +190,10 @@ def test_deleting_over_the_protocol(recorded: Running, tmp_path: Path) -> None:
 def test_a_history_that_cannot_be_written_costs_nothing_but_itself(
     recorded: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, text: str) -> Path:
-        raise InputError(f"cannot write {path}: No space left on device")
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(history, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     result = recorded.result(READ)
     assert result["notes"] == ["the history could not be written; the server's terminal says why"]
     assert len(result["grids"]) == 1
@@ -156,6 +203,15 @@ def test_a_history_that_cannot_be_written_costs_nothing_but_itself(
     (tmp_path / "history").rename(tmp_path / "gone")
     assert len(recorded.result(READ)["notes"]) == 1
     assert recorded.client.get("/api/history").json() == {"entries": [], "notes": []}
+
+
+def test_a_damaged_entry_does_not_hide_the_others(recorded: Running, tmp_path: Path) -> None:
+    recorded.result(READ)
+    entry = {"when": "x", "do": "read", "title": "\ud800", "request": {}}
+    (tmp_path / "history" / ("0" * 20 + "-00000000.json")).write_text(json.dumps(entry))
+    found = recorded.client.get("/api/history").json()
+    assert [e["title"] for e in found["entries"]] == ["The capital"]
+    assert found["notes"] == ["1 damaged entry was left out"]
 
 
 def test_no_history(app: Running) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from logitlab.errors import InputError, ModelError
+from logitlab.server import queue as queues
 from logitlab.server.queue import BusyError, CancelledWorkError, Job, Queue
 
 
@@ -86,20 +88,96 @@ def test_only_so_many_wait(queue: Queue) -> None:
     assert again.last[0] == "result"
 
 
-def test_a_place_that_is_left_is_free_again(queue: Queue) -> None:
-    for _ in range(20):
-        with queue.reserve():
-            pass
+def test_what_leaves_while_it_waits_frees_its_place_and_what_it_holds(queue: Queue) -> None:
+    gate, first, second, third = Gate(), Told(), Told(), Told()
+    running = queue.submit(gate, first)
+    assert gate.begun.wait(5)
+    body = Gate()
+    held = weakref.ref(body)
+    leaves = queue.submit(body, second)
+    queue.submit(lambda job: {}, third)
+    del body
+    with pytest.raises(BusyError):
+        queue.check()
+    assert queue.leave(leaves)
+    assert not queue.leave(leaves)
+    assert held() is None  # while the job itself is still there
+    assert second.last == ("error", {"message": "cancelled", "kind": "cancelled"})
+    assert third.waiting == [2, 1]
+    queue.check()
+    assert not running.over
+    gate.open.set()
+    assert third.last[0] == "result"
+
+
+def test_closing_and_cancelling_free_what_waits(queue: Queue) -> None:
     gate = Gate()
     queue.submit(gate, Told())
     assert gate.begun.wait(5)
-    with queue.reserve(), queue.reserve(), pytest.raises(BusyError):
-        queue.reserve()
-    with queue.reserve() as place:
-        told = Told()
-        place.submit(lambda job: {}, told)
-    gate.open.set()
-    assert told.last[0] == "result"
+    bodies = [Gate(), Gate()]
+    held = [weakref.ref(body) for body in bodies]
+    jobs = [queue.submit(body, Told()) for body in bodies]
+    bodies.clear()
+    assert queue.cancel(jobs[0].id)
+    assert held[0]() is None
+    assert queue.close(5)
+    assert held[1]() is None
+
+
+def test_a_last_event_that_cannot_be_told_becomes_an_error(queue: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(Told):
+        def __call__(self, name: str, data: dict[str, Any]) -> None:
+            if name == "result":
+                raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
+            super().__call__(name, data)
+
+    told, after = Picky(), Told()
+    queue.submit(lambda job: {"n": 1}, told)
+    queue.submit(lambda job: {"still": "there"}, after)
+    assert told.last == ("error", {"message": "the server failed; its terminal says why", "kind": "internal"})
+    assert after.last == ("result", {"still": "there"})
+    assert "surrogates not allowed" in caplog.text
+
+
+def test_a_job_whose_end_cannot_be_told_does_not_end_the_worker(queue: Queue, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(name: str, data: dict[str, Any]) -> None:
+        if name in ("result", "error"):
+            raise MemoryError
+
+    after = Told()
+    queue.submit(lambda job: {}, fails)
+    queue.submit(lambda job: {"still": "there"}, after)
+    assert after.last == ("result", {"still": "there"})
+    assert "a request was left without an end" in caplog.text
+
+
+def test_work_waits_for_room(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, told, waits = threading.Event(), Told(), threading.Event()
+
+    def work(job: Job) -> dict[str, Any]:
+        waits.set()
+        job.wait()
+        return {"went": "on"}
+
+    queue.submit(work, told, free.is_set)
+    assert waits.wait(5)
+    time.sleep(0.1)
+    assert not told.ended.is_set()
+    free.set()
+    assert told.last == ("result", {"went": "on"})
+    free.clear()
+    again = Told()
+    job = queue.submit(work, again, free.is_set)
+    waits.clear()
+    assert waits.wait(5)
+    assert queue.cancel(job.id)  # which ends the waiting too
+    after = Told()
+    queue.submit(lambda job: {}, after)
+    assert after.last[0] == "result"
+    monkeypatch.setattr(queues, "SLOW_SECONDS", 0.05)
+    never = Told()
+    queue.submit(work, never, free.is_set)
+    assert never.last == ("error", {"message": "cancelled", "kind": "cancelled"})
 
 
 def test_cancelling_what_is_at_work_and_what_waits(queue: Queue) -> None:
@@ -144,10 +222,11 @@ def test_after_the_end_nothing_is_told(queue: Queue) -> None:
         (ModelError("not finite"), "input", "not finite"),
         (RuntimeError("at /root/secret"), "internal", "the server failed; its terminal says why"),
         (MemoryError(), "internal", "the server failed; its terminal says why"),
+        (SystemExit(1), "internal", "the server failed; its terminal says why"),
         (CancelledWorkError(), "cancelled", "cancelled"),
     ],
 )
-def test_errors(queue: Queue, caplog: pytest.LogCaptureFixture, error: Exception, kind: str, message: str) -> None:
+def test_errors(queue: Queue, caplog: pytest.LogCaptureFixture, error: BaseException, kind: str, message: str) -> None:
     def fails(job: Job) -> dict[str, Any]:
         raise error
 
@@ -163,18 +242,14 @@ def test_closing_ends_all(queue: Queue) -> None:
     gate, first, second = Gate(), Told(), Told()
     queue.submit(gate, first)
     assert gate.begun.wait(5)
-    place = queue.reserve()
     queue.submit(gate, second)
     begun = time.monotonic()
     assert queue.close(5)
     assert time.monotonic() - begun < 2
     ending = ("error", {"message": "the server is stopping", "kind": "cancelled"})
     assert (first.last, second.last) == (ending, ending)
-    with pytest.raises(BusyError):
+    with pytest.raises(BusyError, match="the server is stopping"):
         queue.submit(gate, Told())
-    late = Told()
-    place.submit(gate, late)
-    assert late.last == ("error", {"message": "the server is stopping", "kind": "busy"})
 
 
 def test_closing_does_not_wait_for_what_cannot_be_interrupted() -> None:

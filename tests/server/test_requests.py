@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,9 +23,9 @@ PATCH: dict[str, Any] = READ | {
 }
 
 
-def refused(body: Any) -> str:
+def refused(body: Any, *limit: int) -> str:
     with pytest.raises(InputError) as caught:
-        parse(body if isinstance(body, bytes) else json.dumps(body).encode())
+        parse(body if isinstance(body, bytes) else json.dumps(body).encode(), *limit)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
@@ -81,7 +83,10 @@ def test_defaults() -> None:
         (READ | {"prompt": {"images": ["file:///etc/a.png"]}}, "'prompt.images.0': give a PNG"),
         (READ | {"prompt": {"images": ["data:image/svg+xml;base64,AAAA"]}}, "'prompt.images.0': give a PNG"),
         (READ | {"prompt": {"images": ["data:image/png;base64,AA AA"]}}, "'prompt.images.0': give a PNG"),
-        (READ | {"prompt": {"text": "x" * 1_000_001}}, "'prompt.text': string should have at most 1000000 characters"),
+        (READ | {"prompt": {"text": "x" * 3_000_000}}, "the request has 3,000,052 bytes without its pictures; this "),
+        (READ | {"sites": ["x"] * 4097}, "the body does not fit: it has more than 4,096 values"),
+        (READ | {"sites": list(range(60))}, "'sites.0': input should be a valid string"),
+        (READ | {f"x{i}": 0 for i in range(65)}, "the body does not fit: 65 of its values are not known or not right"),
         (READ | {"top_k": 0}, "'top_k': input should be greater than or equal to 1"),
         (READ | {"top_k": 21}, "'top_k': input should be less than or equal to 20"),
         (READ | {"top_k": 1.5}, "'top_k': input should be a valid integer"),
@@ -125,7 +130,8 @@ def test_half_characters_are_refused() -> None:
 
 
 def test_many_unknown_fields_are_one_sentence() -> None:
-    assert refused(READ | {f"x{i}": i for i in range(50_000)}) == "'x0' is not known in this request"
+    assert refused(READ | {f"x{i}": i for i in range(50)}) == "'x0' is not known in this request"
+    assert refused(READ | {f"x{i}": i for i in range(50_000)}) == "the body does not fit: it has more than 4,096 values"
     assert len(refused(READ | {"y" * 100_000: 1})) < 200
 
 
@@ -145,3 +151,52 @@ def test_titles() -> None:
     )
     assert Prompt(images=["data:image/png;base64,AAAA"]).title == "a picture"
     assert shortened("abc", 2) == "a…"
+
+
+def test_sites_are_taken_once() -> None:
+    found: Any = parse(json.dumps(READ | {"sites": ["neuron", "mlp_out", "neuron", "neuron"]}).encode())
+    assert found.sites == ["neuron", "mlp_out"]
+    found = parse(json.dumps(READ | {"sites": ["resid"] * 64}).encode())
+    assert found.sites == ["resid"]
+
+
+def test_pictures_are_not_counted_as_text_and_commas_in_texts_not_as_values() -> None:
+    picture = "data:image/png;base64," + "A" * 3_000_000
+    found: Any = parse(json.dumps(READ | {"prompt": {"images": [picture, picture]}}).encode())
+    assert found.prompt.images == [picture, picture]
+    for text in ("a,b" * 100_000, '\\",' * 100_000, "[{,:}]" * 10_000):
+        found = parse(json.dumps(READ | {"prompt": {"text": text}}).encode())
+        assert found.prompt.text == text
+    assert refused(json.dumps(READ | {"prompt": {"text": "x" * 200}}).encode(), 100).startswith("the request has 252 ")
+
+
+PEAK = """
+import resource, sys
+from logitlab.server.requests import parse
+from logitlab.errors import InputError
+body = {body}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    parse(body, {limit})
+except InputError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told in other units")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "b'{\"do\":\"load\"' + b''.join(b',\"%x\":0' % i for i in range(1_500_000)) + b'}'",
+        "b'{\"do\":\"read\",\"sites\":[' + b'1,' * 7_000_000 + b'1]}'",
+        "b'\"' + bytes([92, 34]) * 8_000_000",
+        "b'\"data:image/png;base64,' * 700_000",
+    ],
+    ids=["unknown", "numbers", "escapes", "pictures"],
+)
+def test_a_body_costs_little_more_than_itself(body: str) -> None:
+    script = PEAK.format(body=body, limit=2**24)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    kilobytes, _, message = done.stdout.partition(" ")
+    assert int(kilobytes) < 200_000, message  # a million errors, each by itself, are 1.4 GB
+    assert message.count("\n") == 1

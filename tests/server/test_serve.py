@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,11 +20,12 @@ import httpx
 import pytest
 
 from logitlab.errors import InputError
+from logitlab.server import doorway
 from logitlab.server.serve import listening
 from tests.commands import COMMAND, refused
 from tests.server.running import events_of
 
-ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]+)\n")
+ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)/#token=([\w-]+)\n")
 
 
 class Command:
@@ -107,6 +109,63 @@ def test_the_token_of_the_environment_and_ending_at_once(tmp_path: Path, checkpo
         assert seconds < 3
         assert "Traceback" not in command.log.read_text()
     assert not (tmp_path / "state").exists()
+
+
+BROWSER = """#!/bin/sh
+file=${1#file://}
+cp "$file" "$SEEN"
+stat -c '%a %n' "$file" >"$SEEN.mode"
+"""
+
+
+def test_the_browser_is_not_started_with_the_token(tmp_path: Path, checkpoint: Path) -> None:
+    browser, seen = tmp_path / "browser", tmp_path / "seen"
+    browser.write_text(BROWSER)
+    browser.chmod(0o755)
+    given = {"BROWSER": f"{browser} %s", "SEEN": str(seen), "TMPDIR": str(tmp_path)}
+    with serving(tmp_path, "-m", checkpoint, "--no-history", "--open", **given) as command:
+        until = time.monotonic() + 20
+        while not (tmp_path / "seen.mode").exists() or not (tmp_path / "seen.mode").read_text().endswith("\n"):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        entrance = f"http://127.0.0.1:{command.port}/#token={command.token}"
+        assert f'location.replace("{entrance}")' in seen.read_text()
+        mode, _, name = (tmp_path / "seen.mode").read_text().strip().partition(" ")
+        assert mode == "600"
+        assert Path(name).exists()
+        assert command.end()[0] == 130
+        assert not Path(name).exists()
+
+
+def test_the_file_for_the_browser_goes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address))
+    monkeypatch.setattr(doorway, "OPEN_SECONDS", 0.1)
+    door = doorway.Doorway('http://[::1]:1/#token="</script>')
+    text = door.path.read_text()
+    assert text.count("</script>") == 1
+    assert door.path.stat().st_mode & 0o777 == 0o600
+    door.open()
+    until = time.monotonic() + 10
+    while door.path.exists() or not opened:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert opened == [door.path.as_uri()]
+    door.close()  # once more costs nothing
+
+    def full(**_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    with pytest.raises(InputError, match="--open needs a temporary file: No space left on device; leave it out"):
+        doorway.Doorway("http://127.0.0.1:1/")
+
+
+def test_other_machines_need_a_name(tmp_path: Path, checkpoint: Path) -> None:
+    said = "logitlab: browsers of other machines are refused: name with --allow-host what they call this machine"
+    with serving(tmp_path, "--host", "0.0.0.0", "--allow-remote", "-m", checkpoint, "--no-history") as command:
+        assert command.end()[0] == 130
+        assert said in command.log.read_text().splitlines()
 
 
 # -- what is refused, each in one line -----------------------------------------------------------------

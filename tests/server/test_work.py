@@ -88,6 +88,7 @@ def test_facts_of_a_model(app: Running, shelf: Shelf) -> None:
         "images": False,
         "words": True,
         "generates": True,
+        "text": True,
     }
     vit = app.result({"do": "load", "model": "vit"})
     assert (vit["chat"], vit["images"], vit["words"], vit["generates"]) == (False, True, False, False)
@@ -322,8 +323,8 @@ def test_steering(app: Running, shelf: Shelf, play: Any, vector: dict[str, Any],
     check_outcome(model, result["outcome"], final(model, PROMPT), after)
     assert result["norm"]["vector"] == pytest.approx(float(along.double().norm()), rel=1e-5)
     states = ll.capture(model, PROMPT, site)[site].double().norm(dim=-1)
-    mean = states.mean() if positions == "all" else states[-1]
-    assert result["norm"]["states"] == pytest.approx(float(mean), rel=1e-5)
+    middle = states.median() if positions == "all" else states[-1]
+    assert result["norm"]["states"] == pytest.approx(float(middle), rel=1e-5)
     assert [step.token_id for step in steps] == written.tolist()
     free = list(ll.generate(model, PROMPT, max_new_tokens=4, do_sample=False))
     assert result["texts"] == ["".join(step.text for step in some) for some in (free, steps)]
@@ -334,12 +335,41 @@ def test_steering(app: Running, shelf: Shelf, play: Any, vector: dict[str, Any],
     assert [played["text"], played["steered_text"]] == result["texts"]
 
 
-def test_strength_zero_changes_nothing(app: Running) -> None:
+def test_strength_zero_changes_nothing(app: Running, shelf: Shelf) -> None:
     result = app.result(asked("steer", vector=VECTORS[0], site="-2.resid_post", strength=0))
-    plain, steered = (grid["data"]["prompts"][0] for grid in result["grids"])
-    assert plain["logprob"] == steered["logprob"]
+    plain, steered = (grid["data"] | {"provenance": []} for grid in result["grids"])  # which names the vector
+    assert plain == steered  # all that the grid shows
+    same(steered, ll.read(shelf.models["tiny"], PROMPT))
     assert result["outcome"]["kl"] == pytest.approx(0, abs=1e-9)
     assert "texts" not in result
+
+
+def test_a_divergence_that_is_no_number_is_told_as_none() -> None:
+    from logitlab.server.work import _divergence
+
+    p, q = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64), torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
+    assert _divergence(p.log(), q.log()) == pytest.approx(np.log(2))  # what cannot come adds nothing
+    assert _divergence(q.log(), p.log()) is None  # infinite
+    assert _divergence(p.log(), torch.full((3,), torch.nan)) is None
+    assert _divergence(torch.full((3,), torch.nan), p.log()) is None
+    assert _divergence(p.log(), p.log()) == 0
+
+
+def test_an_outcome_without_numbers(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from logitlab.server import work
+
+    final = work._final
+    found: list[torch.Tensor] = []
+
+    def broken(at: Any) -> torch.Tensor:
+        found.append(final(at))
+        return found[-1] if len(found) == 1 else torch.full_like(found[0], torch.nan)
+
+    monkeypatch.setattr(work, "_final", broken)
+    outcome = app.result(asked("steer", vector=VECTORS[0], site="1.resid_post"))["outcome"]
+    assert outcome["kl"] is None
+    assert {token["after"] for token in outcome["tokens"]} == {None}
+    assert all(token["before"] is not None for token in outcome["tokens"])
 
 
 def test_the_direction_of_a_token_goes_through_the_lens_that_is_chosen(app: Running, shelf: Shelf, play: Any) -> None:
@@ -397,6 +427,30 @@ def test_generating(app: Running, shelf: Shelf, play: Any, more: dict[str, Any])
     assert events[-1][1]["text"] == "".join(step.text for step in truth)
     assert steps[0]["data"]["provenance"]
     assert not any(step["data"]["provenance"] for step in steps[1:])
+
+
+def test_a_target_that_is_written_stays_a_target_in_every_step(app: Running, shelf: Shelf) -> None:
+    model = shelf.models["tiny"]
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "seed": 5}
+    free = list(ll.generate(model, PROMPT, max_new_tokens=4, **drawn))
+    wanted = [free[1].token_id, 9, free[2].token_id]  # of these the model writes two, in the second step and the third
+    assert len({*wanted, free[0].token_id, free[3].token_id}) == 5
+    request = asked("generate", new_tokens=4, sample=True, temperature=1.5, seed=5, targets=[f"id:{i}" for i in wanted])
+    steps = steps_of(app.events(request))
+    assert [step["id"] for step in steps] == [step.token_id for step in free]
+    written: list[int] = []
+    for step in steps:
+        assert step["data"]["targets"] == ["written", *(visible(model.vocabulary.label(i)) for i in wanted)]
+        assert step["data"]["targetIds"] == [-1, *wanted]
+        # The same by a reading of what had been written until then.
+        along = [*dict.fromkeys([step["id"], *wanted])]
+        truth = ll.read(model, [*model.encode(PROMPT)[0].ids, *written], target=along)
+        columns = [along.index(i) for i in (step["id"], *wanted)]
+        (prompt,) = step["data"]["prompts"]
+        for ours, theirs in (("targetLogprob", "target_logprob"), ("targetRank", "target_rank")):
+            expected = truth.arrays[theirs][0, :, -1][:, columns]
+            np.testing.assert_allclose(array(prompt[ours])[:, 0], expected, rtol=1e-4, atol=1e-4, err_msg=ours)
+        written.append(step["id"])
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -510,7 +564,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (patched(9, 0), "position 9 is beyond the prompt, which has 8 tokens (0 to 7)"),
     (patched(0, 99), "position 99"),
     (patched(0, 0, model="vit", prompt=PICTURE), "vit is not read token by token, so it cannot be patched here"),
-    (asked("patch_all", source={"text": "The sea"}, answers=["id:5"]), "pair 0: the clean prompt has"),
+    (asked("patch_all", source={"text": "The sea"}, answers=["id:5"]), "the prompt has 8 tokens and the source 3: "),
+    (
+        asked("patch_all", source={"text": PROMPT}, answers=["id:5"], sites=["0.neuron"]),
+        "392 places would be patched, each by a pass of its own; this server patches 300",
+    ),
+    (
+        asked(sites=["0:.neuron", "1:.neuron", "2:.neuron", "neuron,neuron,neuron,neuron,neuron"]),
+        "1,008 sites are named; this server reads 1,000 cells: name fewer sites",
+    ),
+    (asked("generate", sites=["1.neuron"], new_tokens=13), "49 sites at 21 positions, 13 of them new, are 1,029 cells"),
     (asked("compare", other={"model": "none"}), "there is no model 'none' here"),
     (asked("compare", other={"prompt": {"text": "x " * 30}}), "the other prompt has "),
 ]
@@ -531,6 +594,14 @@ def test_limits_are_checked_before_any_pass(app: Running, shelf: Shelf) -> None:
         )
         assert "this server writes 40" in app.error(
             asked("steer", vector=VECTORS[0], site="1.resid_post", new_tokens=99)
+        )
+        said = app.error(asked("patch_all", source={"text": "The sea"}, answers=["id:5"]))
+        assert said.startswith("the prompt has 8 tokens and the source 3: ")
+        assert "each by a pass of its own" in app.error(
+            asked("patch_all", source={"text": PROMPT}, answers=["id:5"], sites=["0.neuron"])
+        )
+        assert "sites at 48 positions, 40 of them new, are" in app.error(
+            asked("generate", sites=["1.neuron"], new_tokens=40)
         )
         assert "that the model's context holds" in app.error(asked("generate", text="the " * 45, new_tokens=40))
     finally:

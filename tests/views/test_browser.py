@@ -748,12 +748,12 @@ def test_events_say_what_the_reader_did_and_the_handle_is_silent(make_reading, m
         ["lens-select", cell | {"pinned": True}],
         ["lens-state", {"state": "prompt=0&cell=28,38&pin=38"}],
     ]
-    assert lines[3:6] == [[], "prompt=1&cell=3,4&pin=5&stride=2&theme=dark", [200, 30, "dark"]]
+    assert lines[3:6] == [[], "prompt=1&cell=3,4&pin=5&stride=2", [200, 30, "dark"]]
     ((name, detail),) = lines[6]
     column = detail.pop("column")
     assert (name, detail) == ("lens-scroll", {"left": 300, "top": 30})
     assert 64 <= 300 / column <= 120  # pixels of a column
-    assert lines[7] == [["lens-state", {"state": "prompt=1&cell=3,4&pin=5&colour=kl&stride=2&theme=dark"}]]
+    assert lines[7] == [["lens-state", {"state": "prompt=1&cell=3,4&pin=5&colour=kl&stride=2"}]]
     assert [(d["prompt"], d["site"], d["slot"], d["pinned"]) for d in lines[8]] == [(0, 29, 39, False)]
     assert [(d["site"], d["pinned"]) for d in lines[9]] == [(27, False), (27, True)]
 
@@ -959,7 +959,7 @@ def test_a_host_offers_actions_and_hides_the_header(make_reading, mounted):
       say([text(".said"), all('[data-kind="link"]').length]);
     """
     lines = seen(mounted(grid_data(reading)), script)
-    assert lines[:3] == [0, [None, None, "", "dark", "cell=1,1&pin=0&theme=dark"], ["Steer <b>"]]
+    assert lines[:3] == [0, [None, None, "", "dark", "cell=1,1&pin=0"], ["Steer <b>"]]
     ((name, detail),) = lines[3]
     assert name == "lens-action"
     assert detail == {"name": "steer", "prompt": 0, "site": 1, "slot": 1, "pin": 0, "siteName": "0.resid_post"} | {

@@ -164,7 +164,7 @@ def test_the_selection_goes_both_ways(make_reading, tab, strict_document, tmp_pa
     selected = {"prompt": 1, "site": "3.resid_post", "position": 3, "token": token}
     assert lines == [
         [["3", "1", "2.resid_post"], "dark", "kl", "4", []],
-        [["selection", selected], "saved", ["state", "prompt=1&cell=4,3&pin=3&colour=kl&theme=dark"], "saved"],
+        [["selection", selected], "saved", ["state", "prompt=1&cell=4,3&pin=3&colour=kl"], "saved"],
         [["1", "0", "0.resid_post"], []],
         [["1", "2", "0.resid_post"], "0"],
         [["1", "1", "0.resid_post"], "light", "2"],

@@ -53,11 +53,20 @@ def serve(
     ] = False,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="Another name that browsers may use, NAME or NAME:PORT; repeat."),
+        typer.Option("--allow-host", help="A name that browsers may use for this machine, NAME or NAME:PORT; repeat."),
     ] = None,
-    history: Annotated[Path | None, typer.Option(help="Folder for past requests (~/.local/state/logitlab).")] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="Folder for past requests (~/.local/state/logitlab/history).")
+    ] = None,
     no_history: Annotated[bool, typer.Option("--no-history", help="Keep no requests.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")] = 4096,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=500_000,
+            help="Longest prompt, in tokens. 25 characters a token, and a reading at 81 sites, are let in with it.",
+        ),
+    ] = 4096,
     max_waiting: Annotated[int, typer.Option(min=1, max=1000, help="Requests that may wait.")] = 8,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the address in a browser.")] = False,
     any_weights: AnyWeights = False,
@@ -95,18 +104,18 @@ def serve(
     from logitlab.server.history import default_folder
     from logitlab.server.serve import listening
     from logitlab.server.serve import serve as run
-    from logitlab.server.settings import Limits, Settings, named
+    from logitlab.server.settings import LOGIT, Limits, Settings, named
 
     token = _token()
     found = listening(host, port, remote=allow_remote)
     settings = Settings(
         models=named(model or ["default"]),
-        lenses=named(lens or []),
+        lenses=named([one for one in lens or [] if one != LOGIT], reserved=[LOGIT]),  # that one is always there
         vectors=named(vectors or []),
         host=host,
         token=token,
         hosts=tuple(allow_host or ()),
-        limits=Limits(prompt_tokens=max_tokens, waiting=max_waiting),
+        limits=Limits.of(max_tokens, waiting=max_waiting),
         history=None if no_history else history or default_folder(),
         load=loaded,
         options=shown,

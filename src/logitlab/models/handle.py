@@ -255,7 +255,7 @@ class Model:
             sites = "resid_post"  # there is no state of this width before the first block
         for spec in normalise_request(sites):
             layers = select_layers(spec, self.n_layers)
-            able = [layer for layer in layers if self._offers(layer, spec.kind)]
+            able = [layer for layer in layers if self.offers(layer, spec.kind)]
             if not able or (isinstance(spec.layers, int) and len(able) < len(layers)):
                 why = self._reason(layers[0], spec.kind)
                 raise InputError(f"site kind {spec.kind!r} is not offered at layer {layers[0]} of {self.name}: {why}")
@@ -275,7 +275,16 @@ class Model:
                 chosen.update(Site(layer, spec.kind, i) for i in indices)
         return sorted(chosen, key=lambda site: site.order)
 
-    def _offers(self, layer: int, kind: str) -> bool:
+    def offers(self, layer: int, kind: str) -> bool:
+        """Whether a layer has a kind of site.
+
+        Args:
+            layer: number of the layer, from 0.
+            kind: one of `logitlab.models.sites.KINDS`.
+
+        Example:
+            ``model.offers(0, "head_out")``
+        """
         if kind == "resid_post":
             return True
         if kind == "resid_pre":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Generator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -20,22 +22,28 @@ from logitlab.reading import to_json
 from logitlab.server import requests
 from logitlab.server.history import History
 from logitlab.server.models import Library
-from logitlab.server.queue import BusyError, Job, Place, Queue
-from logitlab.server.security import FAILED, Guard
-from logitlab.server.settings import Settings
+from logitlab.server.queue import BusyError, Job, Queue, Work
+from logitlab.server.security import Guard
+from logitlab.server.settings import FAILED, Settings
 from logitlab.server.work import do
 
 KEEP_ALIVE = 10.0
 """Seconds of silence after which a stream says that it is still there."""
 
 UPLOAD_SECONDS = 30.0
-"""How long a body may take to come in: it holds a place in the queue."""
+"""How long a body may take to come in."""
+
+BODIES = 8
+"""Bodies that may come in at once, each as large as a request may be."""
 
 STALLED_SECONDS = 60.0
 """How long a client may take no byte of a stream before it counts as gone."""
 
 PIECE = 65_536
 """Bytes of a stream that are handed on at once."""
+
+PENDING = 4 * 1024 * 1024
+"""Bytes of events that wait for a reader; while there are more, the work waits as well."""
 
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -69,6 +77,7 @@ class Server:
         self.history = None if settings.history is None else History(settings.history)
         self.queue = Queue(settings.limits.waiting)
         self.asgi = Guard(self._routes(), settings)
+        self._bodies = 0
 
     def preload(self) -> None:
         """Load the first model in the background, before any request; the log says how it went."""
@@ -143,27 +152,36 @@ class Server:
         if length.isdecimal() and int(length) > most:
             return _message(413, _too_large(most))
         try:
-            place = self.queue.reserve()
-        except BusyError as error:
-            return _message(503, str(error), {"retry-after": "2"})
-        with place:
-            try:
+            self.queue.check()
+            with self._coming_in():
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     body = await _body(request, most)
-            except ClientDisconnect:
-                return Response(status_code=400)  # nobody is there to read it
-            except TimeoutError:
-                return _message(408, f"the request did not come in within {UPLOAD_SECONDS:.0f} seconds")
-            if body is None:
-                return _message(413, _too_large(most))
-            try:
-                wanted = await asyncio.to_thread(requests.parse, body)
-            except InputError as error:
-                return _message(422, str(error))
-            del body
-            return _Events(place, self._work(wanted))
+                if body is None:
+                    return _message(413, _too_large(most))
+                wanted = await asyncio.to_thread(requests.parse, body, self.settings.limits.text_bytes)
+                del body
+            return _Events(self.queue, self._work(wanted))
+        except BusyError as error:
+            return _message(503, str(error), {"retry-after": "2"})
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
+        except TimeoutError:
+            return _message(408, f"the request did not come in within {UPLOAD_SECONDS:.0f} seconds")
+        except InputError as error:
+            return _message(422, str(error))
 
-    def _work(self, wanted: requests.Request) -> Callable[[Job], dict[str, Any]]:
+    @contextmanager
+    def _coming_in(self) -> Generator[None]:
+        """While a body is read; only the loop's thread comes here."""
+        if self._bodies >= BODIES:
+            raise BusyError(f"the server is busy: {self._bodies} requests are coming in; try again")
+        self._bodies += 1
+        try:
+            yield
+        finally:
+            self._bodies -= 1
+
+    def _work(self, wanted: requests.Request) -> Work:
         def work(job: Job) -> dict[str, Any]:
             result = do(wanted, self.library, job)
             if self.history is not None and not isinstance(wanted, requests.Load):
@@ -199,21 +217,38 @@ class Server:
 
 
 class _Events(Response):
-    """The events of one job as a stream; when its reader goes away, the job is cancelled."""
+    """The events of one job as a stream; when its reader goes away, the job is cancelled.
 
-    def __init__(self, place: Place, work: Callable[[Job], dict[str, Any]]) -> None:
+    Args:
+        queue: where the job goes.
+        work: what it does.
+
+    Raises:
+        BusyError: the queue is full.
+    """
+
+    def __init__(self, queue: Queue, work: Work) -> None:
         super().__init__(media_type="text/event-stream")
         loop = asyncio.get_running_loop()
+        self._queue = queue
         self._events: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self._pending = 0
+        self._lock = threading.Lock()
 
         def tell(name: str, data: dict[str, Any]) -> None:
             encoded = f"event: {name}\ndata: {to_json(data)}\n\n".encode()
+            self._count(len(encoded))
             try:
                 loop.call_soon_threadsafe(self._events.put_nowait, (name, encoded))
             except RuntimeError:  # the loop has been closed: nobody listens
                 _LOG.debug("an event came after the end")
 
-        self._job = place.submit(work, tell)
+        self._job = queue.submit(work, tell, lambda: self._pending < PENDING)
+
+    def _count(self, size: int) -> None:
+        """Bytes more, or less, that wait for the reader."""
+        with self._lock:
+            self._pending += size
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events, as ASGI has it."""
@@ -232,7 +267,7 @@ class _Events(Response):
         except (OSError, TimeoutError):  # the connection is gone, or might as well be
             _LOG.debug("a reader has gone")
         finally:
-            self._job.end("cancelled", "cancelled")
+            self._queue.leave(self._job)
             gone.cancel()
 
     async def _chunks(self, gone: asyncio.Task[None]) -> AsyncIterator[bytes]:
@@ -250,6 +285,7 @@ class _Events(Response):
             finally:
                 coming.cancel()
             yield chunk
+            self._count(-len(chunk))  # it was sent
             if name in ("result", "error"):
                 return
 

@@ -8,13 +8,14 @@ import logging
 import os
 import re
 import secrets
+import stat
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from logitlab.errors import InputError
-from logitlab.files import write_text
 
 ENTRIES = 500
 """Requests that are kept; the oldest ones go."""
@@ -44,7 +45,7 @@ class History:
         folder: is made, readable by its owner alone, if it is not there.
 
     Raises:
-        InputError: it cannot be made or written.
+        InputError: it cannot be made or written, or it is another user's or writable by others.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,11 +57,12 @@ class History:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the folder {folder} for the history: {error.strerror}") from error
+        _check_owner(folder)
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             raise InputError(f"cannot write the history into {folder}: no permission; give another folder")
 
     def add(self, do: str, title: str, request: dict[str, Any]) -> str | None:
-        """Keep a request.
+        """Keep a request; one that is asked again is kept once, as the newest.
 
         Args:
             do: its kind.
@@ -77,13 +79,11 @@ class History:
         path = self.folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
         with self._lock:
             try:
-                # A file that is there keeps its mode when it is replaced.
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                try:
-                    write_text(path, text)
-                except InputError:
-                    path.unlink(missing_ok=True)
-                    raise
+                before = self._paths()[-1:]
+                _write(path, text)
+                for last in before:
+                    if (self._read(last) or {}).get("request") == json.loads(text)["request"]:
+                        self._unlink(last)
                 self._prune()
             except (OSError, InputError) as error:
                 _LOG.warning("the history was not written: %s", error)
@@ -146,7 +146,7 @@ class History:
             kinds = {"when": str, "do": str, "title": str, "request": dict}
             if not all(isinstance(found[name], kind) for name, kind in kinds.items()):
                 raise ValueError("it holds something else")
-            json.dumps(found, allow_nan=False)
+            json.dumps(found, allow_nan=False, ensure_ascii=False).encode()  # half characters cannot be sent
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             if path.name not in self._told:
                 self._told.add(path.name)
@@ -158,7 +158,10 @@ class History:
         """Delete what is too much, the oldest first."""
         total = 0
         for kept, path in enumerate(reversed(self._paths()), 1):
-            total += path.stat().st_size
+            try:
+                total += path.stat().st_size
+            except FileNotFoundError:  # another server has deleted it
+                continue
             if kept > ENTRIES or total > TOTAL_BYTES:
                 self._unlink(path)
 
@@ -170,3 +173,30 @@ class History:
         except OSError as error:
             raise InputError(f"the entry cannot be deleted: {error.strerror}") from error
         return True
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise `InputError` if others could read or change what is kept in a folder."""
+    if os.name != "posix":
+        return
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise InputError(f"the folder {folder} belongs to another user: give another folder for the history")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"others may write in the folder {folder}: give another folder for the history, or chmod go-w {folder}"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that its owner alone may read, and that is never seen half written."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)  # 0600
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

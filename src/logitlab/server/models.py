@@ -14,10 +14,7 @@ from logitlab.interventions import Vectors
 from logitlab.lenses import Lens, LogitLens, load_lens
 from logitlab.models.handle import Model
 from logitlab.models.sites import KINDS
-from logitlab.server.settings import Say, Settings, Source
-
-LOGIT = "logit"
-"""What the logit lens is called."""
+from logitlab.server.settings import LOGIT, Say, Settings, Source
 
 _LOG = logging.getLogger("logitlab.server")
 
@@ -84,8 +81,19 @@ class Library:
         return found
 
     def _load(self, source: Source, say: Say) -> Model:
+        last = f"loading {source.name}"
+
+        def told(what: str) -> None:
+            """What the loader says names folders of this machine: of that only what is done goes on, with our name."""
+            nonlocal last
+            now = f"{'converting' if what.startswith('converting ') else 'loading'} {source.name}"
+            if now != last:
+                last = now
+                _LOG.info(now)
+                say(now)
+
         try:
-            return self.settings.load(source.place, say)
+            return self.settings.load(source.place, told)
         except LogitlabError as error:
             # Its message may name folders of this machine.
             _LOG.error("%s cannot be loaded: %s", source.name, " ".join(str(error).split()))
@@ -126,11 +134,12 @@ def facts(model: Model, name: str) -> dict[str, Any]:
         "model": name,
         "layers": model.n_layers,
         "width": model.width,
-        "kinds": [kind for kind in KINDS if any(model._offers(layer, kind) for layer in range(model.n_layers))],
+        "kinds": [kind for kind in KINDS if any(model.offers(layer, kind) for layer in range(model.n_layers))],
         "lastSite": str(model.last_site),
         "sites": [str(site) for site in model.select_sites(None)],
         "verified": model.verification.text,
         "chat": bool(getattr(tokenizer, "chat_template", None)),
+        "text": takes_text(model),
         "images": takes_pictures(model),
         "words": words,
         "generates": words and can_write(model),

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from logitlab.server import requests
-from logitlab.server.models import LOGIT
-from logitlab.server.settings import Settings, Source
+from logitlab.server.settings import LOGIT, Settings, Source
 
 _HERE = "as the app calls it: give the path of the {what} instead"
 
@@ -158,7 +157,8 @@ class _Script:
             "before = final()",
             "with iv.intervene(model, change):",
             "    after = final()",
-            "kl = float((before.exp() * (before - after)).nansum())  # nats",
+            'seen = before != -float("inf")  # what cannot come adds nothing',
+            "kl = float((before.exp() * (before - after))[seen].sum())  # nats",
         )
 
 

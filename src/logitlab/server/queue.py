@@ -6,16 +6,26 @@ import gc
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from logitlab.errors import InputError, LogitlabError
-from logitlab.server.security import FAILED
+from logitlab.server.settings import FAILED
 
 Tell = Callable[[str, dict[str, Any]], None]
 """What events are told to: a name, and plain values."""
+
+Room = Callable[[], bool]
+"""Whether what was told before is taken, so that more may be told."""
+
+SLOW_SECONDS = 60.0
+"""How long a job waits for its events to be taken."""
+
+LOOK = 0.02
+"""Seconds after which a job that waits looks again."""
 
 _LOG = logging.getLogger("logitlab.server")
 
@@ -31,16 +41,24 @@ class CancelledWorkError(Exception):
 class Job:
     """One piece of work.
 
+    Args:
+        work: what is to be done.
+        tell: what events are told to.
+        room: says whether there is room for more events.
+
     Attributes:
         id: what it is called by whoever wants to cancel it.
         over: whether its last event was told.
+        work: what is to be done, until it begins.
+        room: see above.
     """
 
-    def __init__(self, work: Work, tell: Tell) -> None:
+    def __init__(self, work: Work, tell: Tell, room: Room = lambda: True) -> None:
         self.id = secrets.token_hex(8)
         self.over = False
         self.work: Work | None = work
         self.ahead: int | None = None
+        self.room = room
         self._tell = tell
         self._lock = threading.Lock()
 
@@ -53,13 +71,26 @@ class Job:
         with self._lock:
             if self.over:
                 raise CancelledWorkError
+            self._tell(name, data)  # if this fails it is not over: another event has to say so
             self.over = name in ("result", "error")
-            self._tell(name, data)
 
     def check(self) -> None:
         """Raise `CancelledWorkError` if nobody wants the result any more."""
         if self.over:
             raise CancelledWorkError
+
+    def wait(self) -> None:
+        """Wait until there is room for another large event.
+
+        Raises:
+            CancelledWorkError: nobody wants the result any more, or nobody has taken the events for too long.
+        """
+        until = time.monotonic() + SLOW_SECONDS
+        while not self.room():
+            self.check()
+            if time.monotonic() > until:
+                raise CancelledWorkError
+            time.sleep(LOOK)
 
     def end(self, kind: str, message: str) -> bool:
         """End with an error, if it has not ended yet; says whether this was the end."""
@@ -68,6 +99,10 @@ class Job:
         except CancelledWorkError:
             return False
         return True
+
+    def drop(self) -> None:
+        """Forget what was to be done, and all that it holds: it will not begin."""
+        self.work = None
 
 
 Work = Callable[[Job], dict[str, Any]]
@@ -85,56 +120,62 @@ class Queue:
         self.most = most
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._reserved = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="logitlab-worker", daemon=True)
         self._thread.start()
 
-    def reserve(self) -> Place:
-        """A place in the queue, before it is known what for; it has to be left.
+    def check(self) -> None:
+        """See whether work would be taken now.
 
         Raises:
-            BusyError: there is none.
+            BusyError: as many wait as may.
         """
         with self._changed:
-            taken = len(self._waiting) + self._reserved
-            # A job can begin at once where none is running: then one more may come in.
-            if self._closed or taken >= self.most + (self._running is None):
-                raise BusyError(f"the server is busy: {taken} requests wait; try again")
-            self._reserved += 1
-        return Place(self)
+            self._check()
 
-    def submit(self, work: Work, tell: Tell) -> Job:
+    def submit(self, work: Work, tell: Tell, room: Room = lambda: True) -> Job:
         """Put work into the queue.
 
         Args:
             work: what is to be done.
             tell: what events are told to, from any thread; it must not wait.
+            room: says whether there is room for more events; work that tells large ones waits for it (`Job.wait`).
 
         Raises:
             BusyError: as many wait as may.
         """
-        with self.reserve() as place:
-            return place.submit(work, tell)
+        job = Job(work, tell, room)
+        with self._changed:
+            self._check()
+            self._waiting.append(job)
+            self._moved_up()
+            self._changed.notify()
+        return job
+
+    def leave(self, job: Job) -> bool:
+        """End a job that nobody wants any more, and free its place; says whether it had not ended."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.drop()
+                self._moved_up()
+        return job.end("cancelled", "cancelled")
 
     def cancel(self, identity: str) -> bool:
         """End a job; says whether there was one that had not ended."""
         with self._changed:
             jobs = [*self._waiting, *([self._running] if self._running else [])]
             job = next((j for j in jobs if j.id == identity), None)
-            if job is None:
-                return False
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._moved_up()
-        return job.end("cancelled", "cancelled")
+        return job is not None and self.leave(job)
 
     def close(self, wait: float = 0.0) -> bool:
         """End all jobs and take no more; says whether the worker has stopped within ``wait`` seconds."""
         with self._changed:
             self._closed = True
             jobs = [*self._waiting, *([self._running] if self._running else [])]
+            for job in self._waiting:
+                job.drop()
             self._waiting.clear()
             self._changed.notify_all()
         for job in jobs:
@@ -151,19 +192,13 @@ class Queue:
                 with suppress(CancelledWorkError):
                     job.tell("queued", {"id": job.id, "waiting": ahead})
 
-    def _put(self, job: Job) -> None:
-        with self._changed:
-            self._reserved -= 1
-            if self._closed:
-                job.end("busy", "the server is stopping")
-                return
-            self._waiting.append(job)
-            self._moved_up()
-            self._changed.notify()
-
-    def _left(self) -> None:
-        with self._changed:
-            self._reserved -= 1
+    def _check(self) -> None:
+        """Raise `BusyError` if no more may wait; called with the lock held."""
+        if self._closed:
+            raise BusyError("the server is stopping")
+        # A job can begin at once where none is running: then one more may come in.
+        if len(self._waiting) >= self.most + (self._running is None):
+            raise BusyError(f"the server is busy: {len(self._waiting)} requests wait; try again")
 
     # -- the thread ----------------------------------------------------------------------------
 
@@ -177,31 +212,11 @@ class Queue:
                     return
                 job = self._running = self._waiting.popleft()
                 self._moved_up()
-            _do(job)
+            try:
+                _do(job)
+            except Exception:  # its end could not be told: the next one shall be done all the same
+                _LOG.exception("a request was left without an end")
             del job
-
-
-class Place:
-    """A place in the queue; leaving the ``with`` block without `submit` gives it back."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue: Queue | None = queue
-
-    def __enter__(self) -> Place:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._queue is not None:
-            self._queue._left()
-            self._queue = None
-
-    def submit(self, work: Work, tell: Tell) -> Job:
-        """See `Queue.submit`."""
-        assert self._queue is not None
-        job = Job(work, tell)
-        queue, self._queue = self._queue, None
-        queue._put(job)
-        return job
 
 
 def _do(job: Job) -> None:
@@ -220,7 +235,7 @@ def _do(job: Job) -> None:
         return
     except LogitlabError as error:
         job.end("input", " ".join(str(error).split()))
-    except Exception:
+    except BaseException:  # also SystemExit, which a model's own code may raise: the worker goes on
         _LOG.exception("a request failed")
         job.end("internal", FAILED)
     del work

@@ -6,20 +6,47 @@ when the work begins.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from logitlab.errors import InputError
 
+VALUES = 4096
+"""Values in a body; no request has nearly as many."""
+
+ERRORS = 64
+"""Errors in a body that are looked at one by one, so that the first can be told."""
+
+TEXT_BYTES = 2 * 1024 * 1024
+"""Bytes of a body without its pictures, where nothing else is said."""
+
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Text = Annotated[str, StringConstraints(max_length=1_000_000)]
+Text = Annotated[str, StringConstraints(max_length=16 * 1024 * 1024)]
 Token = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 SiteText = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 Tokens = Annotated[int, Field(ge=1, le=4096)]
+Sites = Annotated[
+    list[SiteText],
+    Field(min_length=1, max_length=64),
+    AfterValidator(lambda sites: list(dict.fromkeys(sites))),  # each once
+]
 Place = Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
 Strength = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 PICTURE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$"
+_PICTURES = re.compile(rb'"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]*+"')
+# A string that does not end goes to the end, so that no part of the body is looked at twice.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 class Body(BaseModel):
@@ -117,7 +144,7 @@ class Prompted(Body):
     model: Name
     prompt: Prompt
     lens: Name = "logit"
-    sites: Annotated[list[SiteText], Field(min_length=1, max_length=64)] = ["resid"]
+    sites: Sites = ["resid"]
     statistics: Annotated[list[Literal["entropy", "kl"]], Field(max_length=2)] = ["entropy", "kl"]
     targets: Annotated[list[Token], Field(max_length=8)] = []
     top_k: Annotated[int, Field(ge=1, le=20)] = 5
@@ -182,16 +209,32 @@ Request = Load | Read | Compare | Patch | PatchAll | Steering | Generate
 _BODIES: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="do")])
 
 
-def parse(body: bytes) -> Request:
+def parse(body: bytes, text_bytes: int = TEXT_BYTES) -> Request:
     """The request that a body of JSON holds.
+
+    What could make the check itself costly is looked for first, in the bytes: a text that is too long, too many values.
+
+    Args:
+        body: the bytes.
+        text_bytes: how many there may be without the pictures.
 
     Raises:
         InputError: it is not JSON, or does not fit; the message is one sentence.
     """
+    rest = _PICTURES.sub(b'""', body)
+    if len(rest) > text_bytes:
+        raise InputError(
+            f"the request has {len(rest):,} bytes without its pictures; this server takes {text_bytes:,}: shorten it"
+        )
+    if _STRINGS.sub(b"", rest).count(b",") >= VALUES:
+        raise InputError(f"the body does not fit: it has more than {VALUES:,} values")
     try:
         return _BODIES.validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=True)[0]
+        count = error.error_count()
+        if count > ERRORS:
+            raise InputError(f"the body does not fit: {count:,} of its values are not known or not right") from None
+        first = error.errors(include_url=False, include_context=True, include_input=False)[0]
         raise InputError(_sentence(first)) from None
 
 

@@ -4,7 +4,9 @@
   gets nothing.
 * A page of another origin gets nothing: Origin, where there is one, must be ours, and what browsers say about where a
   request comes from (Sec-Fetch-Site) must not be another site. No header allows cross-origin requests.
-* Whoever asks must know the token: as a cookie, which the printed address sets, or as a bearer.
+* Whoever asks for more than the files of the page must know the token, and send it as a bearer. It is no cookie:
+  browsers send cookies to every port of a machine, whoever listens there. The printed address has it behind the ``#``,
+  which no browser sends; the page keeps it in a storage that belongs to its origin, port included.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import parse_qs
 
-from logitlab.server.settings import Settings
+from logitlab.server.settings import FAILED, Settings
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -41,21 +42,7 @@ HEADERS = (
 )
 """On every answer."""
 
-FAILED = "the server failed; its terminal says why"
-"""What is told of errors that are the server's own."""
-
 _LOG = logging.getLogger("logitlab.server")
-
-_UNKNOWN = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>logitlab</title>
-<h1>logitlab</h1>
-<p>Open the address that <code>logitlab serve</code> has printed, with its token.</p>
-"""
-
-_ONWARDS = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="0;url=/"><title>logitlab</title>
-<p><a href="/">logitlab</a></p>
-"""
 
 
 class Guard:
@@ -69,7 +56,6 @@ class Guard:
     def __init__(self, app: App, settings: Settings) -> None:
         self.app = app
         self.token = settings.token.encode()
-        self.cookie = f"logitlab-{settings.port}"
         self.hosts = frozenset(settings.addresses)
         self.foreign = frozenset(name.lower() for name in settings.hosts)
 
@@ -96,10 +82,10 @@ class Guard:
             refusal = self._refusal(scope)
             if refusal is not None:
                 await _say(guarded, *refusal)
-            elif scope["path"] == "/" and scope["method"] in ("GET", "HEAD") and b"token=" in scope["query_string"]:
-                await self._enter(scope, guarded)
-            elif not self._known(scope):
-                await self._unknown(scope, guarded)
+            elif not _open(scope) and not self._known(scope):
+                await _say(
+                    guarded, 401, "the token is missing or wrong: open the address that logitlab serve has printed"
+                )
             else:
                 await self.app(scope, receive, guarded)
         except Exception:
@@ -130,55 +116,30 @@ class Guard:
         """Whether something that speaks TLS may stand between: names from --allow-host."""
         return host in self.foreign or host.rpartition(":")[0] in self.foreign
 
-    async def _enter(self, scope: Scope, send: Send) -> None:
-        """Take the token of the printed address into a cookie, and out of the address."""
-        try:
-            given = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=8).get("token", [])
-        except ValueError:  # too many
-            given = []
-        if len(given) != 1 or not self._right(given[0]):
-            await _page(send, 403, _UNKNOWN)
-            return
-        cookie = f"{self.cookie}={self.token.decode()}; Path=/; HttpOnly; SameSite=Strict".encode()
-        if any(site in ("cross-site", "same-site") for site in _values(scope, b"sec-fetch-site")):
-            # The address was a link on another page. Browsers would send no strict cookie along a redirection that
-            # began there; they do along one that begins with a page of ours.
-            await _page(send, 200, _ONWARDS, (b"set-cookie", cookie))
-            return
-        await _page(send, 303, "", (b"location", b"/"), (b"set-cookie", cookie))
-
-    async def _unknown(self, scope: Scope, send: Send) -> None:
-        if scope["path"] == "/":
-            await _page(send, 401, _UNKNOWN)
-        else:
-            await _say(send, 401, "the token is missing or wrong: open the address that logitlab serve has printed")
-
     def _known(self, scope: Scope) -> bool:
         for value in _values(scope, b"authorization"):
             scheme, _, given = value.partition(" ")
             if scheme.lower() == "bearer" and self._right(given.strip()):
                 return True
-        pairs = (pair.strip().partition("=") for value in _values(scope, b"cookie") for pair in value.split(";"))
-        return any(name == self.cookie and self._right(given) for name, _, given in pairs)
+        return False
 
     def _right(self, given: str) -> bool:
         """Whether this is the token, in a time that does not depend on how much of it is right."""
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.token)
 
 
+def _open(scope: Scope) -> bool:
+    """Whether anybody may have this: the files of the page, which hold no secret."""
+    path: str = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/static/"))
+
+
 def _values(scope: Scope, name: bytes) -> list[str]:
     return [value.decode("latin-1").strip() for key, value in scope["headers"] if key.lower() == name]
 
 
-async def _page(send: Send, status: int, text: str, *more: tuple[bytes, bytes]) -> None:
-    await _answer(send, status, b"text/html; charset=utf-8", text.encode(), *more)
-
-
 async def _say(send: Send, status: int, message: str) -> None:
-    await _answer(send, status, b"application/json", json.dumps({"message": message}).encode() + b"\n")
-
-
-async def _answer(send: Send, status: int, kind: bytes, body: bytes, *more: tuple[bytes, bytes]) -> None:
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *more]
+    body = json.dumps({"message": message}).encode() + b"\n"
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
 import os
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,8 @@ import uvicorn
 
 from logitlab.errors import InputError
 from logitlab.server.app import Server
+from logitlab.server.connections import CONNECTIONS, Connection, quiet
+from logitlab.server.doorway import Doorway
 from logitlab.server.settings import Settings
 
 INTERRUPTED = 130
@@ -68,18 +70,37 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._end = end
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to take connections."""
+        asyncio.get_running_loop().set_exception_handler(quiet)
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End all work, then the connections."""
         self._end()
         await super().shutdown(sockets)
 
 
-def uvicorn_of(server: Server) -> uvicorn.Server:
-    """What runs an application, on a socket that is given to its ``run``."""
+def uvicorn_of(server: Server, end: Callable[[], Any] | None = None) -> uvicorn.Server:
+    """What runs an application, on a socket that is given to its ``run``.
+
+    Args:
+        server: the application.
+        end: what to call at the end besides, before the connections are closed.
+    """
+
+    class Bounded(Connection):
+        most = CONNECTIONS + server.settings.limits.waiting
+
+    def ending() -> None:
+        server.close()
+        if end is not None:
+            end()
+
     config = uvicorn.Config(
         server.asgi,
         loop="asyncio",
-        http="h11",
+        http=Bounded,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -89,7 +110,7 @@ def uvicorn_of(server: Server) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=int(LAST_SECONDS),
     )
-    return _Uvicorn(config, server.close)
+    return _Uvicorn(config, ending)
 
 
 def serve(settings: Settings, found: socket.socket, *, browser: bool = False) -> None:
@@ -107,17 +128,22 @@ def serve(settings: Settings, found: socket.socket, *, browser: bool = False) ->
     settings = replace(settings, port=int(found.getsockname()[1]))
     with found:
         server = Server(settings)
+        door = Doorway(settings.entrance) if browser else None
         try:
-            address = f"{settings.address}?token={settings.token}"
-            print(address, flush=True)
+            print(settings.entrance, flush=True)
+            if (
+                ipaddress.ip_address(str(found.getsockname()[0]).partition("%")[0]).is_unspecified
+                and not settings.hosts
+            ):
+                tell("browsers of other machines are refused: name with --allow-host what they call this machine")
             tell(f"loading {settings.models[0].name}")
             server.preload()
-            if browser:
-                import webbrowser
-
-                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-            uvicorn_of(server).run(sockets=[found])
+            if door is not None:
+                door.open()
+            uvicorn_of(server, None if door is None else door.close).run(sockets=[found])
         except KeyboardInterrupt:
+            if door is not None:
+                door.close()
             server.close(LAST_SECONDS)
             tell("stopped")
             sys.stdout.flush()
@@ -125,6 +151,8 @@ def serve(settings: Settings, found: socket.socket, *, browser: bool = False) ->
             # The worker may be inside of a model, which cannot be interrupted; and taking Python apart takes long.
             os._exit(INTERRUPTED)
         finally:
+            if door is not None:
+                door.close()
             server.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from logitlab.models.handle import Model
 
 Say = Callable[[str], None]
+
+LOGIT = "logit"
+"""What the logit lens is called; no other lens is called that."""
+
+FAILED = "the server failed; its terminal says why"
+"""What is told of errors that are the server's own."""
+
+SITES = 81
+"""Sites of the residual stream of the deepest common models: 80 layers, and what goes into the first one."""
+
+CHARACTERS = 25
+"""Most characters a token has on average: indented code has more of them than prose."""
 
 
 def _load(place: str, say: Say) -> Model:
@@ -35,22 +47,33 @@ class Source:
     local: bool
 
 
-def named(places: Iterable[str]) -> tuple[Source, ...]:
+def named(places: Iterable[str], *, reserved: Iterable[str] = ()) -> tuple[Source, ...]:
     """Names for what was given at the start: the last part of a path, anything else as it is; no name twice.
+
+    Args:
+        places: names, folders and files.
+        reserved: names that mean something else already.
 
     Example:
         >>> [source.name for source in named(["default", "default"])]
         ['default', 'default-2']
     """
     found: list[Source] = []
+    taken = set(reserved)
     for place in places:
         path = Path(place).expanduser()
         local = place != "default" and (path.exists() or place.startswith((".", "/", "~")))
-        base = (path.resolve().name or "root") if local else place
-        taken = {source.name for source in found}
+        base = _last_part(path) if local else place
         name = next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+        taken.add(name)
         found.append(Source(name, place, local))
     return tuple(found)
+
+
+def _last_part(path: Path) -> str:
+    """The last part of a path as it was given: what a link leads to may have a name that says nothing."""
+    name = path.absolute().name
+    return name if name not in ("", "..") else path.resolve().name or "root"
 
 
 @dataclass(frozen=True)
@@ -63,19 +86,40 @@ class Limits:
         new_tokens: tokens that are written to a prompt.
         waiting: requests that wait while another one is worked on.
         upload_bytes: bytes of a request.
-        cells: sites times positions of a reading.
+        cells: sites times positions of a reading, new tokens among them.
+        places: sites times positions that one request patches, each by a pass of its own.
         images: pictures in a prompt.
         pixels: pixels of all pictures of a prompt together.
     """
 
     prompt_tokens: int = 4096
-    prompt_characters: int = 100_000
+    prompt_characters: int = 102_400
     new_tokens: int = 512
     waiting: int = 8
     upload_bytes: int = 16 * 1024 * 1024
-    cells: int = 262_144
+    cells: int = 373_248
+    places: int = 16_384
     images: int = 4
     pixels: int = 16_000_000
+
+    @classmethod
+    def of(cls, prompt_tokens: int, **given: Any) -> Limits:
+        """Limits that let prompts of so many tokens in, at every site of the residual stream.
+
+        Args:
+            prompt_tokens: tokens of a prompt.
+            given: other limits.
+        """
+        least = cls(prompt_tokens=prompt_tokens, **given)
+        characters = max(least.prompt_characters, CHARACTERS * prompt_tokens)
+        cells = max(least.cells, SITES * (prompt_tokens + least.new_tokens))
+        upload = max(least.upload_bytes, 4 * characters)
+        return replace(least, prompt_characters=characters, cells=cells, upload_bytes=upload)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of a request without its pictures: four texts, six bytes for each character."""
+        return min(self.upload_bytes, 4 * 6 * self.prompt_characters + 65_536)
 
 
 @dataclass(frozen=True)
@@ -88,7 +132,7 @@ class Settings:
         vectors: files of vectors that may be used.
         host: the address that it listens at.
         port: its port.
-        token: what a browser has to know.
+        token: what requests have to know.
         hosts: other names under which browsers may address it: ``name`` or ``name:port``.
         limits: how much may be asked for.
         history: the folder of past requests; None for no history.
@@ -133,3 +177,8 @@ class Settings:
         """The address to open in a browser."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+
+    @property
+    def entrance(self) -> str:
+        """The address with the token, for whoever started the server. No browser sends what is behind the ``#``."""
+        return f"{self.address}#token={self.token}"

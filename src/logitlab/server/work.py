@@ -5,6 +5,7 @@ Nothing here knows how requests come in or where events go.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitlab.comparison import _common
+from logitlab.comparison import common_sites
 from logitlab.errors import InputError
 from logitlab.generation import generate
 from logitlab.interventions import Intervention, Vectors, add, intervene, patch, replace
@@ -23,13 +24,14 @@ from logitlab.lenses import Lens, LogitLens
 from logitlab.models.capture import by_tokens, capture
 from logitlab.models.handle import Model
 from logitlab.models.inputs import Encoded
-from logitlab.models.sites import Site
+from logitlab.models.sites import INDEXED_KINDS, Site, normalise_request, select_layers
 from logitlab.reader import read
 from logitlab.reading import Reading, Target
 from logitlab.server import python, requests
-from logitlab.server.models import LOGIT, Library, can_write, facts, takes_pictures, takes_text
+from logitlab.server.models import Library, can_write, facts, takes_pictures, takes_text
 from logitlab.server.pictures import decoded
 from logitlab.server.queue import CancelledWorkError, Job
+from logitlab.server.settings import LOGIT
 from logitlab.targets import resolve_targets, target_notes
 from logitlab.vectors import lens_directions, mean_difference
 from logitlab.views.grid_data import grid_data, packed
@@ -88,7 +90,7 @@ class _Progress:
         def progress(done: int, total: int) -> None:
             self._job.check()
             now = time.monotonic()
-            if done == total or now - self._last >= EVERY:
+            if (done == total or now - self._last >= EVERY) and self._job.room():
                 self._last = now
                 self._job.tell("progress", {"what": what, "done": done, "total": total})
 
@@ -164,21 +166,28 @@ class _Work:
             return list(self.request.sites)
         if all(isinstance(lens, LogitLens) for lens in lenses):
             return None
-        found = _common(model, {str(n): lens for n, lens in enumerate(lenses)})
+        found = common_sites(model, {str(n): lens for n, lens in enumerate(lenses)})
         return None if found == [str(site) for site in model.select_sites(None)] else found
 
-    def check_size(self, inputs: _Input, sites: Sequence[str] | None, model: Model | None = None) -> None:
-        """Raise `InputError` if a reading would be larger than this server makes them."""
+    def check_size(
+        self, inputs: _Input, sites: Sequence[str] | None, model: Model | None = None, *, new_tokens: int = 0
+    ) -> int:
+        """Raise `InputError` if a reading would be larger than this server makes them; gives its number of cells."""
         model = self.model if model is None else model
+        most = self.library.settings.limits.cells
+        named = _count(model, sites)
+        if named > most:  # so many are not even listed
+            raise InputError(f"{named:,} sites are named; this server reads {most:,} cells: name fewer sites")
         chosen = model.select_sites(sites)
         count = len(chosen) + (model.last_site not in chosen)
-        positions = max(1, len(inputs.encoded.ids))
-        most = self.library.settings.limits.cells
+        positions = max(1, len(inputs.encoded.ids)) + new_tokens
         if count * positions > most:
+            new = f", {new_tokens:,} of them new," if new_tokens else ""
             raise InputError(
-                f"{count:,} sites at {positions:,} positions are {count * positions:,} cells; this server reads "
+                f"{count:,} sites at {positions:,} positions{new} are {count * positions:,} cells; this server reads "
                 f"{most:,}: name fewer sites, or shorten the prompt"
             )
+        return count * positions
 
     def check_tokens(self, what: str) -> None:
         """Raise `InputError` unless the model is read token by token, which changing its states needs."""
@@ -201,10 +210,10 @@ class _Work:
 
     def site(self, text: str) -> Site:
         """The one site that a text names."""
-        found = self.model.select_sites(text)
-        if len(found) != 1:
-            raise InputError(f"{text!r} is {len(found)} sites: name one, {self.model.last_site} for instance")
-        return found[0]
+        count = _count(self.model, [text])
+        if count > 1:
+            raise InputError(f"{text!r} is {count:,} sites: name one, {self.model.last_site} for instance")
+        return self.model.select_sites(text)[0]
 
     # -- readings ------------------------------------------------------------------------------
 
@@ -316,9 +325,20 @@ def _patch_all(work: _Work) -> dict[str, Any]:
     request: requests.PatchAll = work.request
     work.check_tokens("patched")
     source = work.prepared(request.source, what="the source")
+    ours, theirs = len(work.input.encoded.ids), len(source.encoded.ids)
+    if ours != theirs:
+        raise InputError(
+            f"the prompt has {ours:,} tokens and the source {theirs:,}: where a state belongs can only be told if they "
+            "have as many"
+        )
     sites = work.sites(work.lens)
+    places, most = work.check_size(work.input, sites), work.library.settings.limits.places
+    if places > most:
+        raise InputError(
+            f"{places:,} places would be patched, each by a pass of its own; this server patches {most:,}: name fewer "
+            "sites, or shorten the prompts"
+        )
     reading = work.read(work.input, sites)
-    work.check_size(source, sites)
     answers = [requests.target_of(text) for text in request.answers]
     found = patch(
         work.model,
@@ -378,7 +398,7 @@ def _generate(work: _Work) -> dict[str, Any]:
     request: requests.Generate = work.request
     work.check_writing(request.new_tokens)
     sites = work.sites(work.lens)
-    work.check_size(work.input, sites)
+    work.check_size(work.input, sites, new_tokens=request.new_tokens)
     change: list[Intervention] = []
     site: Site | None = None
     if request.steer is not None:
@@ -410,6 +430,7 @@ def _generate(work: _Work) -> dict[str, Any]:
                     "logprob": step.logprob,
                     "data": data,
                 }
+                work.job.wait()
                 work.job.tell("step", told)
         finally:
             steps.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -449,6 +470,22 @@ def _lens_title(name: str) -> str:
     return "logit lens" if name == LOGIT else name
 
 
+def _count(model: Model, sites: Sequence[str] | None) -> int:
+    """How many sites are named, without listing them; one that is named twice counts twice."""
+    count = 0
+    for spec in normalise_request(sites):
+        for layer in select_layers(spec, model.n_layers):
+            if not model.offers(layer, spec.kind):
+                continue
+            parts = 1
+            if spec.kind in INDEXED_KINDS and spec.index is None:
+                block = model.parts[layer]
+                projection = block.heads if spec.kind == "head_out" else block.neurons
+                parts = 1 if projection is None else projection.parts
+            count += parts
+    return count
+
+
 def _place(position: int, inputs: _Input, what: str) -> int:
     count = len(inputs.encoded.ids)
     if not -count <= position < count:
@@ -475,10 +512,13 @@ def _vectors(work: _Work, vector: requests.Vector, site: Site) -> Vectors:
 
 
 def _norm(work: _Work, vectors: Vectors, site: Site, positions: str) -> dict[str, float]:
-    """Euclidean lengths: of the vector, and on average of the states that it is added to in the prompt."""
+    """Euclidean lengths: of the vector, and the median one of the states that it is added to in the prompt.
+
+    Not the mean: the first token's state is often a hundred times as long as all others.
+    """
     where = None if positions == "all" else -1
     states = capture(work.model, work.input.given, site, positions=where)[site]
-    return {"vector": vectors.norm(site), "states": float(states.double().norm(dim=-1).mean())}
+    return {"vector": vectors.norm(site), "states": float(states.double().norm(dim=-1).median())}
 
 
 def _final(work: _Work) -> torch.Tensor:
@@ -508,7 +548,14 @@ def _outcome(work: _Work, change: Intervention) -> dict[str, Any]:
         }
         for i in ids
     ]
-    return {"tokens": tokens, "kl": max(0.0, float((before.exp() * (before - after)).nansum()))}
+    return {"tokens": tokens, "kl": _divergence(before, after)}
+
+
+def _divergence(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """KL(before || after) of log-probabilities [V], nats; None where it is no number or infinite."""
+    seen = before != -torch.inf  # what cannot come adds nothing
+    found = float((before.exp() * (before - after))[seen].sum())
+    return max(0.0, found) if math.isfinite(found) else None
 
 
 def _written(work: _Work, new_tokens: int, change: Intervention | None, what: str) -> str:

@@ -3,8 +3,8 @@
 // One module without a build step, for three hosts: the HTML page, the notebook widget (the default export), the app.
 // What data holds is said in grid_data.py. Texts from the data only ever become text nodes or attribute values, never markup.
 //
-//   const grid = mount(element, data, { theme, state, address, title, compact, actions });
-//   grid.update(data); grid.append(data); grid.select({ prompt, site, slot, pin }); grid.state(); grid.restore(text);
+//   const grid = mount(element, data, { theme, state, address, link, title, compact, grow, actions });
+//   grid.update(data, { title }); grid.append(data); grid.select({ prompt, site, slot, pin }); grid.state(); grid.restore(text);
 //   grid.setTheme("dark"); grid.scroll({ left, top }); grid.destroy();
 //
 // The element dispatches lens-select, lens-hover, lens-state, lens-action and lens-scroll for what the reader does, never for
@@ -16,6 +16,7 @@ const LINES_DARK = ["#56b4e9", "#ff8a3c", "#2fd0a0", "#e79bc8", "#f0d040"];
 const DASHES = ["", "6 3", "2 2", "8 2 2 2", "1 3"];
 const STRIDES = [[1, "all"], [2, "every 2nd"], [4, "every 4th"], [8, "every 8th"]];
 const ROW = 23, HEAD = 42;  // heights in pixels, as in the style below
+const STACKED = 860;  // up to this width the panel is below the grid, as in the style below
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "line", "circle", "text", "title", "rect"]);
 
@@ -201,7 +202,7 @@ class Lens {
   get depth() { return this.table.sites.length; }
   get empty() { return !this.depth || !this.count; }
   get mode() { return this.modes[this.state.colour]; }
-  get theme() { return this.state.theme || (this.prefersDark.matches ? "dark" : "light"); }
+  get theme() { return this.state.theme || this.preferred || (this.prefersDark.matches ? "dark" : "light"); }
   get scale() { return this.table.colours[this.theme]; }
   get title() { return this.options.title ?? this.table.model; }
   get usual() { return "heat" in this.modes ? "heat" : "top"; }
@@ -262,7 +263,7 @@ class Lens {
     state.pin = within(given.has("pin") ? numbers("pin")[0] : state.slot, end);
     state.colour = Object.hasOwn(this.modes, given.get("colour")) ? given.get("colour") : this.usual;
     state.stride = STRIDES.some(([n]) => n === numbers("stride")[0]) ? numbers("stride")[0] : 1;
-    state.theme = ["light", "dark"].includes(given.get("theme")) ? given.get("theme") : this.preferred;
+    state.theme = ["light", "dark"].includes(given.get("theme")) ? given.get("theme") : "";  // chosen here, not by the host
     state.picture = within(numbers("picture")[0], (this.prompt?.pictures.length ?? 0) - 1);
     if (state.stride > 1 && !this.empty) state.site = this.nearest(state.site);
     state.limit = given.has("limit") ? within(numbers("limit")[0], 100) : Math.round(100 * table.threshold);
@@ -976,7 +977,7 @@ class CopyMenu {
     this.el = make("div", { class: "copying" }, this.button, this.list);
     const kinds = [["text", "as text"], ["csv", "as CSV, a row a cell"], ["png", "as PNG"], ["svg", "as SVG"], ["link", "a link to this view"]];
     for (const [kind, label] of kinds) {
-      if (kind === "link" && !lens.options.address) continue;
+      if (kind === "link" && !lens.options.address && !lens.options.link) continue;
       const item = make("button", { type: "button", role: "menuitem", tabindex: -1, "data-kind": kind }, label);
       item.addEventListener("click", () => {
         this.close(true);
@@ -1024,7 +1025,7 @@ class CopyMenu {
 
   async take(kind) {
     const { lens, matrix } = this, name = lens.title.replace(/[^\w.-]+/g, "-").replace(/^[-.]+|[-.]+$/g, "").slice(0, 80) || "lens";
-    if (kind === "link") return this.give(window.location.href, "text/plain", name + ".txt", "the link was copied");
+    if (kind === "link") return this.give(this.lens.options.link?.() ?? window.location.href, "text/plain", name + ".txt", "the link was copied");
     if (kind === "text") return this.give(asText(lens), "text/plain", name + ".txt", "copied as text");
     if (kind === "csv") return this.give(asRows(lens), "text/csv", name + ".csv", `copied as CSV: ${whole(lens.depth * lens.count)} cells`);
     const drawn = drawing(lens, matrix.side, matrix.width), small = fitted(drawn.w, drawn.h);
@@ -1056,6 +1057,7 @@ class CopyMenu {
 export function mount(host, data, options = {}) {
   const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
   root.adoptedStyleSheets = [style()];
+  options = { ...options };  // titles change
   const lens = new Lens(data, options);
   const fire = (name, detail) => host.dispatchEvent(new CustomEvent(name, { detail, bubbles: true, composed: true }));
   const status = make("span", { class: "status soft", role: "status", "aria-live": "polite" });
@@ -1190,7 +1192,9 @@ export function mount(host, data, options = {}) {
   show(2);
   let seen = [matrix.el.clientWidth, matrix.el.clientHeight];
   const watch = new ResizeObserver(() => {
-    frame.style.setProperty("--tall", host.clientHeight + "px");
+    const grown = Boolean(options.grow) && frame.clientWidth <= STACKED;
+    host.toggleAttribute("data-stacked", grown);  // a host that may grow does so by a style of its own
+    frame.style.setProperty("--tall", grown ? "100vh" : host.clientHeight + "px");
     const now = [matrix.el.clientWidth, matrix.el.clientHeight];
     if (now[0] !== seen[0] && !lens.empty && !seen[0]) show(2);  // it was not to be seen
     else if (now[0] !== seen[0] && !lens.empty) {
@@ -1209,11 +1213,14 @@ export function mount(host, data, options = {}) {
 
   let waiting = 0;
   return {
-    update(next) {
+    update(next, { title = options.title } = {}) {
+      const focused = matrix.el.contains(root.activeElement);
+      options.title = title;
       lens.exchange(next);
       describe();
       show(2);
       keep();
+      if (focused) matrix.focus();
     },
     append(next) {
       const added = new Table(next), { table } = lens;
@@ -1245,7 +1252,8 @@ export function mount(host, data, options = {}) {
       keep();
     },
     setTheme(theme) {
-      lens.preferred = lens.state.theme = ["light", "dark"].includes(theme) ? theme : "";
+      lens.preferred = ["light", "dark"].includes(theme) ? theme : "";
+      lens.state.theme = "";
       show(1);
       keep();
     },

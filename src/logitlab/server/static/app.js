@@ -1,29 +1,17 @@
 // The page of `logitlab serve`: a form, the events that come back, and the grids that they fill.
-// What comes from a model, a prompt or a file only ever becomes text nodes or values, never markup.
-import { mount } from "/static/lens_grid.js";
+import { byId, make, percent, size } from "/static/dom.js";
 import * as form from "/static/request.js";
-import { RequestError, ask, run } from "/static/stream.js";
+import * as grids from "/static/grids.js";
+import { RequestError, ask, run, takeToken } from "/static/stream.js";
 
-const byId = (id) => document.getElementById(id);
 const { field, value, put } = form;
-
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, one] of Object.entries(attributes)) node.setAttribute(name, one);
-  node.append(...children);
-  return node;
-}
-
-function percent(p) {
-  if (p >= 0.0995) return (100 * p).toFixed(1) + "%";
-  return p >= 0.0001 ? (100 * p).toPrecision(2) + "%" : p === 0 ? "0%" : p.toExponential(1);
-}
 
 let about = { models: [], lenses: [], vectors: [], limits: {} };
 let facts = null; // about the model that is loaded
 let work = null; // { id, abort } of what is running
-let grids = []; // { host, handle, data, title }
 let view = ""; // state of the first grid, kept in the address
+let ran = ""; // the form when it was run last, as an address
+let asked = ""; // what the grids are of: another prompt opens at its own answer
 
 // -- theme ----------------------------------------------------------------------------------------
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -33,7 +21,7 @@ const theme = () => chosenTheme || (prefersDark.matches ? "dark" : "light");
 function showTheme() {
   document.documentElement.dataset.theme = theme();
   byId("theme").textContent = theme() === "dark" ? "Light theme" : "Dark theme";
-  for (const { handle } of grids) handle.setTheme(theme());
+  grids.setTheme(theme());
 }
 byId("theme").addEventListener("click", () => {
   chosenTheme = theme() === "dark" ? "light" : "dark";
@@ -50,6 +38,7 @@ function say(...parts) {
 function complain(error) {
   byId("message").textContent = error instanceof Error ? error.message : String(error);
   byId("message").hidden = false;
+  byId("message").scrollIntoView({ block: "nearest" });
   if (!(error instanceof RequestError)) throw error;
 }
 
@@ -62,7 +51,7 @@ function showProgress(done, total) {
 
 function onEvent(name, data) {
   if (name === "queued") {
-    if (work) work.id = data.id;
+    work.id = data.id;
     if (data.waiting) say(`waiting: ${data.waiting} before this`);
   } else if (name === "started") say("running");
   else if (name === "progress") {
@@ -72,25 +61,25 @@ function onEvent(name, data) {
 }
 
 // One piece of work at a time: a new one takes the place of what is running.
-async function does(request, { quiet = false, step = () => {} } = {}) {
+async function does(request, step = () => {}) {
   work?.abort.abort();
   const mine = { abort: new AbortController(), id: null };
   work = mine;
-  byId("message").hidden = true;
   byId("cancel").disabled = false;
   byId("results").setAttribute("aria-busy", "true");
-  if (!quiet) say("asking");
+  say("asking");
   showProgress(0, 0);
   try {
-    return await run(request, (name, data) => {
+    const result = await run(request, (name, data) => {
       if (work !== mine) return;
       if (name === "step") step(data);
       else onEvent(name, data);
     }, mine.abort.signal);
+    if (work !== mine) throw new RequestError("another request took its place", "replaced");
+    return result;
   } catch (error) {
     if (work !== mine) throw new RequestError("another request took its place", "replaced");
-    if (error.kind === "cancelled") say("cancelled");
-    else say("");
+    say(error.kind === "cancelled" ? "cancelled" : "");
     throw error;
   } finally {
     if (work === mine) {
@@ -103,6 +92,7 @@ async function does(request, { quiet = false, step = () => {} } = {}) {
 }
 
 async function tried(action) {
+  byId("message").hidden = true;
   try {
     await action();
   } catch (error) {
@@ -110,204 +100,205 @@ async function tried(action) {
   }
 }
 
-function cancel() {
-  if (work?.id !== null && work?.id !== undefined)
-    ask(`/api/cancel/${encodeURIComponent(work.id)}`, { method: "POST" }).catch(() => {}); // the abort below ends it too
-  work?.abort.abort();
+// The server ends the work, and says so in its stream; where it has not begun, or does not answer, the stream is given up.
+async function cancel() {
+  clearTimeout(later);
+  const mine = work;
+  if (!mine) return;
+  const given = setTimeout(() => mine.abort.abort(), mine.id === null ? 0 : 1500);
+  if (mine.id === null) return;
+  try {
+    await ask(`/api/cancel/${encodeURIComponent(mine.id)}`, { method: "POST" });
+  } catch (error) {
+    if (!(error instanceof RequestError)) throw error; // it has ended by itself
+  }
+  if (work !== mine) clearTimeout(given);
 }
 byId("cancel").addEventListener("click", cancel);
 
-// -- grids ------------------------------------------------------------------------------------------
-function clear() {
-  pair.base = pair.source = null;
-  for (const { handle } of grids) handle.destroy();
-  grids = [];
-  byId("grids").replaceChildren();
+// -- results ------------------------------------------------------------------------------------------
+function clearTold() {
+  pair = null;
   byId("written").hidden = byId("outcome").hidden = byId("python").hidden = true;
 }
 
-function shownGrids(given, { actions = () => [], keep = true } = {}) {
-  const before = keep && grids.length ? grids[0].handle.state() : view;
-  for (const { handle } of grids) handle.destroy();
-  byId("grids").className = given.length > 1 ? "several" : "";
-  byId("grids").replaceChildren();
-  const hosts = given.map(({ title }) => {
-    const host = make("div", { class: "lens" });
-    byId("grids").append(make("section", { "aria-label": title }, host));
-    return host;
-  });
-  // All places are there before the first grid measures its own.
-  grids = given.map(({ title, data }, n) => ({ host: hosts[n], data, title,
-    handle: mount(hosts[n], data, { theme: theme(), title, compact: true, state: before, actions: actions(n) }) }));
-  grids.forEach((grid, n) => link(grid, n));
+// Where the prompt is another one than before, the cell that was chosen there means nothing.
+function fresh(request) {
+  const now = JSON.stringify([request.model, request.prompt]);
+  if (asked && now !== asked) {
+    const kept = new URLSearchParams(view);
+    for (const name of ["cell", "pin", "prompt", "picture"]) kept.delete(name);
+    view = kept.toString();
+  }
+  asked = now;
+  return request;
 }
 
-// Grids beside each other show the same cell, and scroll together.
-function link({ host }, n) {
-  const others = () => grids.filter((_, i) => i !== n);
-  host.addEventListener("lens-select", ({ detail }) => {
-    for (const { handle } of others()) handle.select({ site: detail.site, slot: detail.slot, ...(pair.source ? {} : { pin: detail.pin }) });
-    if (detail.pinned && grids[n].patches) tried(() => patchCell(detail));
-  });
-  host.addEventListener("lens-scroll", ({ detail }) => {
-    for (const { handle } of others()) handle.scroll(detail);
-  });
-  host.addEventListener("lens-state", ({ detail }) => {
-    if (n === 0) view = detail.state;
-    writeAddress();
-  });
-  host.addEventListener("lens-action", ({ detail }) => {
-    if (detail.name === "steer") steerHere(detail);
-  });
+function showGrids(given) {
+  grids.show(given, view);
+  grids.restore(view);
 }
 
-const steerAction = { name: "steer", label: "Steer here", title: "Use this site for steering" };
-
-function steerHere({ siteName }) {
-  put("site", siteName);
-  put("do", "steer");
-  showForm();
-  field("strength").focus();
-}
-
-function showResult(result) {
-  byId("python").hidden = !result.python;
-  byId("python").querySelector("pre").textContent = result.python ?? "";
-  const took = result.seconds ? `read in ${Math.round(1000 * result.seconds.reading)} ms` : "done";
-  say([took, ...(result.notes ?? [])].join(" · "));
+function showResult({ python = "", seconds, notes = [] }) {
+  byId("python").hidden = !python;
+  byId("python").querySelector("pre").textContent = python;
+  const { reading, total } = seconds;
+  const long = total > 1.5 * reading + 0.3 ? `, ${total.toFixed(1)} s in all` : "";
+  say([`read in ${Math.round(1000 * reading)} ms${long}`, ...notes].join(" · "));
   writeAddress();
 }
 
-// -- outcome: the answer before and after ---------------------------------------------------------------
 function bar(p) {
   const inside = make("i");
-  inside.style.width = `${100 * p}%`;
+  inside.style.width = `${100 * (p ?? 0)}%`;
   return make("td", {}, make("span", { class: "track" }, inside), percent(p));
 }
 
+// The answer before and after.
 function showOutcome(title, { tokens, kl }) {
   const rows = tokens.map(({ token, before, after }) =>
     make("tr", after > before ? { class: "up" } : {}, make("td", {}, make("bdi", {}, token)), bar(before), bar(after)));
   const head = make("tr", {}, ...["next token", "before", "after"].map((name) => make("th", { scope: "col" }, name)));
-  byId("outcome").replaceChildren(make("h2", {}, title), make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)),
-    make("p", { class: "soft" }, `KL(before ‖ after) at the last position: ${kl.toPrecision(3)} nats`));
-  byId("outcome").hidden = false;
+  tell(title, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)),
+    make("p", { class: "soft" }, `KL(before ‖ after) at the last position: ${kl === null ? "–" : size(kl)} nats`));
 }
 
-// -- tasks --------------------------------------------------------------------------------------------
+function tell(title, ...parts) {
+  byId("outcome").replaceChildren(make("h2", {}, title), ...parts);
+  byId("outcome").hidden = false;
+  byId("outcome").scrollIntoView({ block: "nearest" });
+}
+
+const steerAction = { name: "steer", label: "Steer here", title: "Use this site for steering" };
+
+grids.listen({
+  state: () => {
+    view = grids.shown[0]?.handle.state() ?? "";
+    writeAddress();
+  },
+  click: (n, cell) => { if (n === 1 && pair && value("do") === "patch") tried(() => patchCell(cell.siteName, cell.position, target(cell))); },
+  action: (n, { siteName }) => {
+    put("site", siteName);
+    put("do", "steer");
+    showForm();
+    field("strength").focus();
+  },
+  link: () => {
+    writeAddress();
+    return window.location.href;
+  },
+  apart: () => pair !== null, // a cell of the source is chosen without moving the pin of the prompt
+});
+
+// -- tasks ----------------------------------------------------------------------------------------------
 async function read() {
-  const result = await does(form.request());
-  clear();
-  shownGrids(result.grids, { actions: () => (facts?.words ? [steerAction] : []), keep: false });
+  const result = await does(fresh(form.request()));
+  clearTold();
+  showGrids(result.grids.map((grid) => ({ ...grid, actions: facts.words ? [steerAction] : [] })));
   showResult(result);
 }
 
 async function compare() {
-  const result = await does(form.request());
-  clear();
-  shownGrids(result.grids, { keep: false });
+  const result = await does(fresh(form.request()));
+  clearTold();
+  showGrids(result.grids);
   showResult(result);
 }
 
-const pair = { base: null, source: null };
+// Two prompts that were read beside each other, and what they were asked by: { asked, base, source }.
+let pair = null;
 
-// In the address is also what was patched last: "site,position" of the source, or "all".
+// In the address is also what was patched last: "site,position of the source,position of the prompt", or "all".
 async function patch(last = "") {
-  const result = await does(form.request());
-  clear();
-  [pair.base, pair.source] = result.grids;
-  showPair(pair.base);
+  const request = fresh(form.request()), result = await does(request);
+  clearTold();
+  const [base, source] = result.grids;
+  pair = { asked: request, base, source };
+  showGrids([base, source]);
   put("patched", last);
   showResult(result);
   say("click a cell of the source: its state goes into the run of the prompt");
+  const [site, from, into] = last.split(",");
   if (last === "all") await patchAll();
-  else if (last) await patchCell({ siteName: last.split(",")[0], position: Number(last.split(",")[1]) });
+  else if (last) await patchCell(site, Number(from), Number(into));
 }
 
-// A grid on the left, and the source on the right, whose cells are patched from when they are clicked.
-function showPair(left) {
-  shownGrids([left, pair.source]);
-  grids[1].patches = true;
-}
+const positions = ({ data }) => data.prompts[0].positions;
 
-function target(position) {
-  const positions = (one) => one.data.prompts[0].positions, base = positions(pair.base), source = positions(pair.source);
+function target({ position }) {
+  const base = positions(pair.base), source = positions(pair.source);
   if (value("into") === "end") return base.at(-1) - (source.at(-1) - position);
-  if (value("into") === "pinned") {
-    const pinned = Number(new URLSearchParams(grids[0].handle.state()).get("pin"));
-    return base[pinned] ?? base.at(-1);
-  }
+  if (value("into") === "pinned") return base[Number(new URLSearchParams(grids.shown[0].handle.state()).get("pin"))] ?? base.at(-1);
   return position;
 }
 
-async function patchCell({ siteName, position }) {
-  const into = target(position);
-  if (into < 0 || into > pair.base.data.prompts[0].positions.at(-1))
-    throw new RequestError(`the prompt has no position ${into}: choose another cell, or where it goes`, "input");
-  const result = await does(form.patchAt(siteName, into, position));
-  showPair(result.grids[1]);
-  put("patched", `${siteName},${position}`);
-  showOutcome(`${siteName}, position ${position} of the source into position ${into}`, result.outcome);
+async function patchCell(site, from, into) {
+  if (into < 0 || into > positions(pair.base).at(-1))
+    throw new RequestError(`the prompt has no position ${into}: choose another cell, or another place for it to go`, "input");
+  const mine = pair, result = await does(form.patchAt(pair.asked, site, into, from));
+  if (mine !== pair) return;
+  grids.show([result.grids[1], pair.source], view);
+  put("patched", [site, from, into].join());
+  showOutcome(`${site}, position ${from} of the source into position ${into}`, result.outcome);
   showResult(result);
 }
 
-// The likeliest next tokens of the source's run and of the prompt's: what patching is measured by.
-function answers() {
-  const likeliest = ({ data }) => {
-    const [prompt] = data.prompts, { top } = prompt, width = data.k;
-    const at = decoded(top).length - prompt.positions.length * width + (prompt.positions.length - 1) * width;
-    return `id:${data.ids[decoded(top)[at]]}`;
-  };
-  const [right, wrong] = [likeliest(pair.source), likeliest(pair.base)];
-  return right === wrong ? [right] : [right, wrong];
+const KINDS = { u2: Uint16Array, u4: Uint32Array };
+
+// The likeliest next token of a run: { id, label }.
+function likeliest({ data }) {
+  const { dtype, data: packed } = data.prompts[0].top, bytes = Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
+  const numbers = new KINDS[dtype](bytes.buffer), number = numbers[numbers.length - data.k]; // last site, last position
+  return { id: data.ids[number], label: data.labels[number] };
 }
 
-const KINDS = { u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
-const decoded = ({ dtype, data }) => new KINDS[dtype](Uint8Array.from(atob(data), (c) => c.charCodeAt(0)).buffer);
-
 async function patchAll() {
-  if (!pair.base) await patch();
-  const result = await does(form.patchAll(answers()));
-  showPair(result.grids[0]);
+  if (!pair || JSON.stringify(pair.asked) !== JSON.stringify(form.request())) await patch();
+  const right = likeliest(pair.source), wrong = likeliest(pair.base), one = right.id === wrong.id, mine = pair;
+  const result = await does(form.patchAll(pair.asked, (one ? [right] : [right, wrong]).map(({ id }) => `id:${id}`)));
+  if (mine !== pair) return;
+  grids.show([result.grids[0], pair.source], view);
   put("patched", "all");
-  byId("outcome").hidden = true;
+  const what = one ? ["log-probability of ", make("bdi", {}, right.label)] : ["logit of ", make("bdi", {}, right.label), " less that of ", make("bdi", {}, wrong.label)];
+  tell("every place, patched by itself", make("p", {}, "recovery of the ", ...what,
+    `: 1 is the run of the source (${size(result.clean)} nats), 0 that of the prompt (${size(result.corrupted)} nats)`));
   showResult(result);
 }
 byId("patch-all").addEventListener("click", () => tried(patchAll));
 
 async function steer() {
-  const result = await does(form.request());
-  clear();
-  shownGrids(result.grids, { keep: false });
+  const request = fresh(form.request()), result = await does(request);
+  clearTold();
+  showGrids(result.grids);
   if (result.texts) {
     const told = ["plain", "steered"].map((name, n) => make("div", {}, make("h2", {}, name), make("p", {}, make("bdi", {}, result.texts[n]))));
     byId("written").replaceChildren(make("div", { class: "texts" }, ...told));
     byId("written").hidden = false;
   }
-  const { vector, states } = result.norm ?? {};
-  const size = vector === undefined ? "" : `; the vector is ${vector.toPrecision(3)} long, states there ${states.toPrecision(3)}`;
-  showOutcome(`${value("site")}, strength ${value("strength")}${size}`, result.outcome);
+  const { site, strength } = request, { vector, states } = result.norm;
+  showOutcome(`${site}, strength ${strength}: adds ${size(Math.abs(strength) * vector)} to states of ${size(states)} (lengths; median over tokens)`, result.outcome);
   showResult(result);
 }
 
 const breaks = (text) => /^\n+$/.test(text);
 
 async function write() {
-  clear();
-  const told = make("p", {}, make("bdi", { class: "asked" }, value("chat") ? "" : value("text")));
+  const request = fresh(form.request()), wanted = view, told = make("p", {}, make("bdi", { class: "asked" }, value("chat") ? "" : value("text")));
+  clearTold();
+  grids.clear();
   byId("written").replaceChildren(make("h2", {}, "written"), told);
   byId("written").hidden = false;
-  const step = ({ index, token, text, logprob, data }) => {
-    if (grids.length) grids[0].handle.append(data);
-    else shownGrids([{ title: "as it was written", data }], { keep: false });
+  const result = await does(request, ({ index, token, text, logprob, data }) => {
+    if (index) grids.shown[0].handle.append(data);
+    else grids.show([{ title: "as it was written", data }], wanted);
     const p = Math.exp(logprob);
     const word = make("button", { type: "button", class: "word", title: `${token} ${percent(p)}` }, make("bdi", {}, breaks(text) ? token : text));
     word.style.borderBottom = `3px solid color-mix(in srgb, var(--bar) ${Math.round(100 * p)}%, var(--line))`;
-    word.addEventListener("click", () => grids[0]?.handle.select({ slot: index, pin: index }));
+    word.addEventListener("click", () => grids.choose({ slot: index, pin: index }));
     told.append(word, breaks(text) ? text : ""); // breaks of lines stay breaks
     say(`${index + 1} tokens`);
-  };
-  const result = await does(form.request(), { step });
+  });
+  if (wanted) grids.restore(wanted); // now its columns are there
   showResult(result);
 }
 
@@ -318,14 +309,20 @@ function options(name, entries) {
   field(name).replaceChildren(...entries.map((one) => make("option", { value: one }, one)));
 }
 
+// What the loaded model cannot do is not offered.
+const CAN = { read: () => true, compare: () => true, patch: (f) => f.text && f.words, steer: (f) => f.text && f.words, generate: (f) => f.generates };
+
 function showForm() {
-  const task = value("do"), chat = Boolean(value("chat"));
+  const task = value("do"), chat = Boolean(value("chat")), text = facts?.text ?? true;
   for (const node of document.querySelectorAll("[data-for]")) node.hidden = node.dataset.for !== task;
   for (const node of document.querySelectorAll("[data-by]")) node.hidden = node.dataset.by !== value("by");
   for (const node of document.querySelectorAll("[data-kind]")) node.hidden = node.dataset.kind !== value("kind");
   for (const node of document.querySelectorAll("[data-sample]")) node.hidden = !value("sample");
+  for (const node of document.querySelectorAll("[name=do]")) node.disabled = facts !== null && !CAN[node.value](facts);
+  byId("vector").hidden = task !== "steer" && !(task === "generate" && value("steered"));
   byId("strength-shown").value = Number(value("strength")).toFixed(1);
-  byId("text-field").hidden = chat;
+  byId("text-field").hidden = chat || !text;
+  byId("open-file").hidden = field("chat").parentElement.hidden = !text;
   byId("messages").hidden = byId("add-message").hidden = !chat;
   byId("open-image").hidden = !facts?.images;
   byId("images").hidden = !form.images.length;
@@ -392,11 +389,10 @@ byId("ask").addEventListener("drop", (event) => {
 });
 
 async function openText(file) {
-  const most = about.limits.prompt_characters ?? Infinity;
+  const most = about.limits.prompt_characters ?? Infinity, decoder = new TextDecoder("utf-8", { fatal: true });
   if (file.size > 4 * most) throw new RequestError(`${file.name} is too long: a prompt has at most ${most.toLocaleString("en")} characters`, "input");
-  const text = new TextDecoder("utf-8", { fatal: true });
   try {
-    put("text", text.decode(await file.arrayBuffer()));
+    put("text", decoder.decode(await file.arrayBuffer()));
   } catch (error) {
     if (!(error instanceof TypeError)) throw error;
     throw new RequestError(`${file.name} is not UTF-8 text: save it as UTF-8`, "input");
@@ -410,45 +406,76 @@ byId("file").addEventListener("change", (event) => tried(() => openText(event.ta
 async function load() {
   const name = value("model");
   if (facts?.model === name) return;
+  facts = null;
   byId("facts").textContent = "";
   facts = await does({ do: "load", model: name });
   byId("facts").textContent = [`${facts.layers} layers`, facts.verified && `✓ ${facts.verified}`].filter(Boolean).join(" · ");
   byId("site-list").replaceChildren(...facts.sites.map((one) => make("option", { value: one })));
   form.keepDefault("site", facts.sites[Math.floor(facts.sites.length / 2)] ?? "");
+  form.reads.text = facts.text;
   field("chat").disabled = !facts.chat;
   if (!facts.chat) put("chat", "");
+  if (!CAN[value("do")](facts)) put("do", "read");
   showForm();
+  say("");
 }
 
+// Do what the form says; `again` where it was filled from an address or the history, with all that was done then.
 async function go(again = false) {
+  clearTimeout(later);
   await load();
+  ran = form.address();
+  writeAddress();
+  if (!facts.text && !form.images.length) return say("add a picture");
   if (value("do") === "patch") await patch(again ? value("patched") : "");
   else await TASKS[value("do")]();
 }
 
 byId("ask").addEventListener("submit", (event) => { event.preventDefault(); tried(() => go()); });
 let later = 0;
-byId("ask").addEventListener("input", (event) => {
-  if (["do", "by", "kind", "strength"].includes(event.target.name)) showForm();
-  if (event.target.name !== "strength" || !grids.length) return;
+byId("ask").addEventListener("input", ({ target: { name } }) => {
+  if (name === "do") clearTimeout(later);
+  if (["do", "by", "kind", "strength"].includes(name)) showForm();
+  if (name !== "strength" || value("do") !== "steer" || !pairOfSteering()) return;
   clearTimeout(later); // the answer follows the slider
   later = setTimeout(() => tried(() => go()), 350);
 });
-byId("ask").addEventListener("change", (event) => {
-  if (event.target.name === "model") tried(load);
-  else if (event.target.name) showForm();
-});
+const pairOfSteering = () => grids.shown.length === 2 && !byId("outcome").hidden;
+byId("ask").addEventListener("change", (event) => { if (event.target.name) showForm(); });
+field("model").addEventListener("change", () => tried(load)); // it stands outside of the form
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); tried(() => go()); }
   else if (event.key === "Escape" && work && !byId("history").open) cancel();
 });
 
 // -- address ----------------------------------------------------------------------------------------------
+// The address is that of what is shown, whatever has been written into the form since.
 function writeAddress() {
-  const text = form.address(view);
-  const long = text.length > form.LONGEST_LINK;
+  const parts = new URLSearchParams(ran);
+  for (const [name, one] of [["patched", value("patched")], ["view", view]]) {
+    parts.delete(name);
+    if (one) parts.set(name, one);
+  }
+  const text = parts.toString(), long = text.length > form.LONGEST_LINK;
   window.history.replaceState(null, "", long ? "#" : `#${text}`);
   return !long;
+}
+
+// Fill the form from an address, and do what it says, unless a part of it is not here.
+async function open(address) {
+  const { view: state, missing } = form.fromAddress(address);
+  view = state;
+  asked = "";
+  showForm();
+  await opened(missing);
+}
+
+async function opened(missing) {
+  if (missing.length) {
+    await load();
+    throw new RequestError(`this server does not have ${missing.join(", ")}: choose anew, then Run`, "input");
+  }
+  await go(true);
 }
 
 byId("link").addEventListener("click", () => tried(async () => {
@@ -466,29 +493,33 @@ async function copy(text, what) {
   say(`copied the ${what}`);
 }
 byId("copy-python").addEventListener("click", () => tried(() => copy(byId("python").querySelector("pre").textContent, "Python")));
-window.addEventListener("hashchange", () => { view = form.fromAddress(window.location.hash.slice(1)); showForm(); tried(() => go(true)); });
+window.addEventListener("hashchange", () => {
+  if (takeToken()) return window.location.reload(); // of a server that was started anew
+  return tried(() => open(window.location.hash.slice(1)));
+});
 
 // -- history ------------------------------------------------------------------------------------------------
 async function showHistory() {
-  const { entries } = await (await ask("/api/history")).json();
+  const { entries, notes } = await (await ask("/api/history")).json();
   const rows = entries.map((entry) => {
-    const open = make("button", { type: "button", class: "open" }, make("span", { class: "soft" }, entry.do), make("bdi", {}, entry.title),
+    const opening = make("button", { type: "button", class: "open" }, make("span", { class: "soft" }, entry.do), make("bdi", {}, entry.title),
       make("time", { class: "soft", datetime: entry.when }, new Date(entry.when).toLocaleString()));
-    open.addEventListener("click", () => {
+    opening.addEventListener("click", () => {
       byId("history").close();
-      view = "";
-      form.fromRequest(entry.request);
+      view = asked = "";
+      const missing = form.fromRequest(entry.request);
       showForm();
-      tried(() => go(true));
+      tried(() => opened(missing));
     });
     const away = make("button", { type: "button", class: "quiet", "aria-label": `forget ${entry.title}` }, "Forget");
     away.addEventListener("click", () => tried(async () => {
       await ask(`/api/history/${encodeURIComponent(entry.id)}`, { method: "DELETE" });
       await showHistory();
     }));
-    return make("li", {}, open, away);
+    return make("li", {}, opening, away);
   });
-  byId("entries").replaceChildren(...(rows.length ? rows : [make("li", { class: "soft" }, "nothing yet")]));
+  const said = [...notes, ...(rows.length ? [] : ["nothing yet"])].map((note) => make("li", { class: "soft" }, note));
+  byId("entries").replaceChildren(...rows, ...said);
   if (!byId("history").open) byId("history").showModal();
 }
 byId("history-open").addEventListener("click", () => tried(showHistory));
@@ -499,6 +530,7 @@ byId("history-clear").addEventListener("click", () => tried(async () => {
 }));
 
 // -- start ----------------------------------------------------------------------------------------------------
+takeToken();
 showTheme();
 tried(async () => {
   about = await (await ask("/api/about")).json();
@@ -512,7 +544,5 @@ tried(async () => {
   for (const one of field("by").options) one.hidden = one.disabled = (one.value === "lens" && lenses.length < 2) || (one.value === "model" && models.length < 2);
   for (const one of field("kind").options) one.hidden = one.disabled = one.value === "file" && !about.vectors.length;
   form.keepDefaults();
-  view = form.fromAddress(window.location.hash.slice(1));
-  showForm();
-  await go(true);
+  await open(window.location.hash.slice(1));
 });

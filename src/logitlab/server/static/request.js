@@ -15,22 +15,27 @@ export function value(name) {
   return node.type === "checkbox" ? (node.checked ? "1" : "") : node.value;
 }
 
+// Fill a field; false where it is a list that has no such entry.
 export function put(name, text) {
   const node = field(name);
-  if (!node) return;
   if (node.type === "checkbox") node.checked = text === "1";
   else if (node.tagName !== "SELECT" || [...node.options].some((option) => option.value === text)) node.value = text;
+  else return false;
+  return true;
 }
+
+// A number of the form; what was left empty is as at the start.
+const number = (name) => Number(value(name) === "" ? DEFAULTS[name] : value(name));
 
 // What the form says when nothing was changed; called once the lists of models and lenses are there.
 export function keepDefaults() {
   for (const name of named()) DEFAULTS[name] = value(name);
 }
 
-// A default that is known only later; it fills an empty field.
+// A default that is known only later; it fills a field that is empty, or still holds the default before it.
 export function keepDefault(name, text) {
+  if (!value(name) || value(name) === DEFAULTS[name]) put(name, text);
   DEFAULTS[name] = text;
-  if (!value(name)) put(name, text);
 }
 
 export function reset() {
@@ -39,19 +44,20 @@ export function reset() {
 }
 
 // -- address ------------------------------------------------------------------------------------
-export function address(view) {
+export function address() {
   const parts = new URLSearchParams();
   for (const name of named()) if (value(name) !== DEFAULTS[name]) parts.set(name, value(name));
   if (value("chat")) parts.set("messages", JSON.stringify(messages));
-  if (view) parts.set("view", view);
+  if (images.length) parts.set("pictures", images.length); // they themselves are not in it
   return parts.toString();
 }
 
-// Fill the form from an address; returns the state of the grid that it holds.
+// Fill the form from an address; returns the state of the grid that it holds, and what it asks for that is not here.
 export function fromAddress(text) {
   reset();
-  const given = new URLSearchParams(text);
-  for (const [name, one] of given) if (Object.hasOwn(DEFAULTS, name)) put(name, one);
+  const given = new URLSearchParams(text), missing = [];
+  for (const [name, one] of given) if (Object.hasOwn(DEFAULTS, name) && !put(name, one)) missing.push(`${name} “${one}”`);
+  if (given.has("pictures")) missing.push(`the ${given.get("pictures")} pictures: add them again`);
   let held = [];
   try {
     held = JSON.parse(given.get("messages") ?? "[]");
@@ -60,15 +66,17 @@ export function fromAddress(text) {
   }
   for (const one of Array.isArray(held) ? held : [])
     if (typeof one?.content === "string") messages.push({ role: String(one.role), content: one.content });
-  return given.get("view") ?? "";
+  return { view: given.get("view") ?? "", missing };
 }
 
 // -- request ------------------------------------------------------------------------------------
 const lines = (text) => text.split("\n").filter((line) => line !== "");
 
+export const reads = { text: true }; // what the model that is loaded takes
+
 export function prompt() {
   if (value("chat")) return { chat: messages.map(({ role, content }) => ({ role, content })) };
-  if (images.length) return { text: value("text") || null, images: [...images] };
+  if (images.length) return { text: (reads.text && value("text")) || null, images: [...images] };
   return { text: value("text") };
 }
 
@@ -85,10 +93,10 @@ const common = () => ({
   model: value("model"),
   prompt: prompt(),
   lens: value("lens"),
-  sites: value("sites").split(",").map((one) => one.trim()).filter(Boolean),
+  sites: (value("sites").trim() || DEFAULTS.sites).split(",").map((one) => one.trim()).filter(Boolean),
   statistics: ["entropy", "kl"].filter((name) => value(name)),
   targets: lines(value("targets")),
-  top_k: Number(value("topK")),
+  top_k: number("topK"),
   precision: value("precision"),
 });
 
@@ -100,48 +108,58 @@ export function request() {
     return { do: what, ...common(), other };
   }
   if (what === "patch") return { do: "compare", ...common(), other: { prompt: second(value("source")) } };
-  if (what === "steer")
-    return { do: what, ...common(), vector: vector(), site: value("site"), strength: Number(value("strength")),
-      positions: value("positions"), new_tokens: Number(value("steerTokens")) };
+  const steer = () => ({ vector: vector(), site: value("site"), strength: number("strength"), positions: value("positions") });
+  if (what === "steer") return { do: what, ...common(), ...steer(), new_tokens: number("steerTokens") };
   if (what === "generate")
-    return { do: what, ...common(), new_tokens: Number(value("newTokens")), sample: Boolean(value("sample")),
-      temperature: Number(value("temperature")), seed: Number(value("seed")) };
+    return { do: what, ...common(), new_tokens: number("newTokens"), sample: Boolean(value("sample")), temperature: number("temperature"),
+      seed: number("seed"), ...(value("steered") ? { steer: steer() } : {}) };
   return { do: what, ...common() };
 }
 
-// Put the state of the run at a cell of the source into the run of the prompt.
-export const patchAt = (site, position, source_position) => ({
-  do: "patch", ...common(), source: second(value("source")), site, position, source_position });
-
-export const patchAll = (answers) => ({ do: "patch_all", ...common(), source: second(value("source")), answers });
+// What follows from two prompts that were read beside each other: the first, and the source of states.
+const between = ({ other, ...asked }, what) => ({ ...asked, do: what, source: other.prompt });
+export const patchAt = (asked, site, position, source_position) => ({ ...between(asked, "patch"), site, position, source_position });
+export const patchAll = (asked, answers) => ({ ...between(asked, "patch_all"), answers });
 
 // -- a request of the history back into the form -------------------------------------------------
 export function fromRequest(given) {
   reset();
-  const { prompt: asked = {}, vector: used = {}, other = {} } = given;
-  const patching = given.do === "patch" || given.do === "patch_all";
-  put("do", patching ? "patch" : given.do);
-  put("model", given.model ?? "");
-  put("text", asked.text ?? "");
+  const { prompt: asked = {}, other = {} } = given, steer = given.do === "steer" ? given : given.steer;
+  const missing = [], fill = (name, held) => {
+    if (held !== undefined && held !== null && !put(name, String(held))) missing.push(`${name} “${held}”`);
+  };
+  const said = (one) => one?.text ?? one?.chat?.at(-1)?.content ?? "";
+  fill("do", given.do.startsWith("patch") ? "patch" : given.do);
+  fill("model", given.model);
+  fill("text", asked.text ?? "");
   put("chat", asked.chat ? "1" : "");
   messages.push(...(asked.chat ?? []));
   images.push(...(asked.images ?? []));
-  put("lens", given.lens ?? "logit");
-  if (given.sites) put("sites", given.sites.join(", "));
-  put("targets", (given.targets ?? []).join("\n"));
-  for (const [name, held] of Object.entries({ topK: given.top_k, precision: given.precision, site: given.site, strength: given.strength,
-    positions: given.positions, newTokens: given.new_tokens, steerTokens: given.new_tokens, seed: given.seed, temperature: given.temperature }))
-    if (held !== undefined && held !== null) put(name, String(held));
+  fill("lens", given.lens);
+  fill("sites", given.sites?.join(", "));
+  fill("targets", (given.targets ?? []).join("\n"));
+  fill("topK", given.top_k);
+  fill("precision", given.precision);
   for (const name of ["entropy", "kl"]) if (given.statistics) put(name, given.statistics.includes(name) ? "1" : "");
-  put("sample", given.sample ? "1" : "");
-  const said = (one) => one.text ?? one.chat?.at(-1)?.content ?? "";
-  if (given.do === "patch") put("patched", `${given.site},${given.source_position}`);
-  if (given.do === "patch_all") put("patched", "all");
-  if (given.source) put("source", said(given.source));
-  if (used.prompts) { put("kind", "prompts"); put("positive", used.prompts[0]); put("negative", used.prompts[1]); }
-  if (used.token !== undefined && used.token !== null) { put("kind", "token"); put("token", used.token); }
-  if (used.file) { put("kind", "file"); put("vectors", used.file); }
-  if (other.prompt) { put("by", "prompt"); put("other", said(other.prompt)); }
-  if (other.lens) { put("by", "lens"); put("otherLens", other.lens); }
-  if (other.model) { put("by", "model"); put("otherModel", other.model); }
+  if (given.do === "generate") {
+    for (const [name, held] of Object.entries({ newTokens: given.new_tokens, seed: given.seed, temperature: given.temperature })) fill(name, held);
+    put("sample", given.sample ? "1" : "");
+    put("steered", given.steer ? "1" : "");
+  }
+  if (given.do === "steer") fill("steerTokens", given.new_tokens);
+  if (given.do === "patch") fill("patched", [given.site, given.source_position, given.position].join());
+  if (given.do === "patch_all") fill("patched", "all");
+  if (given.source) fill("source", said(given.source));
+  if (steer) {
+    for (const name of ["site", "strength", "positions"]) fill(name, steer[name]);
+    const { prompts, token, file } = steer.vector;
+    fill("kind", prompts ? "prompts" : file ? "file" : "token");
+    if (prompts) for (const [n, name] of ["positive", "negative"].entries()) fill(name, prompts[n]);
+    fill("token", token);
+    fill("vectors", file);
+  }
+  if (other.prompt) { fill("by", "prompt"); fill("other", said(other.prompt)); }
+  if (other.lens) { fill("by", "lens"); fill("otherLens", other.lens); }
+  if (other.model) { fill("by", "model"); fill("otherModel", other.model); }
+  return missing;
 }

@@ -15,13 +15,28 @@ const said = async (response) => {
   }
 };
 
+// The token comes in the fragment of the printed address, which no server sees; it is kept for this origin alone.
+const KEPT = "logitlab-token";
+
+export function takeToken() {
+  const given = new URLSearchParams(window.location.hash.slice(1));
+  if (!given.has("token")) return false;
+  localStorage.setItem(KEPT, given.get("token"));
+  given.delete("token");
+  window.history.replaceState(null, "", `#${given}`);
+  return true;
+}
+
 export async function ask(path, options = {}) {
+  const headers = { ...options.headers, authorization: `Bearer ${localStorage.getItem(KEPT) ?? ""}` };
   let response;
   try {
-    response = await fetch(path, { credentials: "same-origin", ...options });
+    response = await fetch(path, { ...options, headers, credentials: "omit" });
   } catch {
     throw new RequestError("the server does not answer: is it still running?", "offline");
   }
+  if (response.status === 401)
+    throw new RequestError("this page does not have the server's token: open the address that logitlab serve has printed", "token");
   if (!response.ok) throw new RequestError(await said(response), response.status === 503 ? "busy" : "input");
   return response;
 }
