@@ -81,7 +81,7 @@ coverage: $(VENV)/.dev ## verify tiny models of every type that transformers has
 coverage-slice: $(VENV)/.dev ## verify a few types of each task; fails if one got worse since docs/coverage.jsonl
 	$(BIN)/logitlab verify --all --slice --check
 
-check: lint test browser docs ## everything that CI runs
+check: lint test browser docs ## style, types, tests and documentation
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .bench .lenses .studies demo site build dist

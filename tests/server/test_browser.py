@@ -306,7 +306,6 @@ def test_what_cannot_be_done_is_said(app: App) -> None:
     app.tab.locator("#file").set_input_files({"name": "good.txt", "mimeType": "text/plain", "buffer": FRANCE.encode()})
     app.run()
     assert app.cell("29.resid_post", 4).inner_text() == "·Paris"
-    app.tab.complaints[:] = [c for c in app.tab.complaints if "Failed to load resource" not in c]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -407,6 +406,78 @@ def test_patching_keeps_to_what_was_read(tiny: Callable[..., App]) -> None:
     app.grid(1).get_by_role("gridcell").nth(1).click()
     app.tab.wait_for_timeout(200)
     assert app.text("#outcome h2") == title
+
+
+def test_every_place_without_a_run_before_and_its_address(tiny: Callable[..., App]) -> None:
+    app = tiny("text=the+capital+of")
+    app.task("Patch")
+    app.fill("source", "capital of the")
+    app.tab.get_by_role("button", name="Patch every place").click()
+    app.wait("read in")
+    expect(app.tab.locator("#message")).to_be_hidden()
+    expect(app.grid().get_by_label("shade by")).to_have_value("heat")
+    told = app.text("#outcome p")
+    assert "recovery of the logit of" in told
+    app.fill("source", "something that was not run")
+    app.tab.reload()
+    app.wait("read in")
+    expect(app.tab.locator("#outcome p")).to_have_text(told)
+    assert app.tab.locator("[name=source]").input_value() == "capital of the"
+
+
+def test_what_fails_leaves_the_address_of_what_is_shown(tiny: Callable[..., App]) -> None:
+    app = tiny("text=the+sea")
+    address = app.tab.url
+    app.fill("text", "word " * 200)
+    app.tab.get_by_role("button", name="Run", exact=True).click()
+    expect(app.tab.locator("#message")).to_contain_text("shorten it")
+    app.grid().get_by_role("gridcell").first.click()
+    assert app.tab.url.partition("&view")[0] == address.partition("&view")[0]
+
+
+def test_the_skip_link_leaves_the_form_alone(tiny: Callable[..., App]) -> None:
+    app = tiny("text=word")
+    app.fill("text", "not run yet")
+    app.tab.locator(".skip").focus()
+    app.tab.keyboard.press("Enter")
+    assert app.tab.locator("[name=text]").input_value() == "not run yet"
+    assert app.tab.evaluate("document.activeElement.id") == "results"
+
+
+def test_the_keyboard_stays_in_the_grid(tiny: Callable[..., App]) -> None:
+    app = tiny("text=the+sea")
+    app.grid().get_by_role("gridcell").first.click()
+    app.tab.evaluate("document.getElementById('status').replaceChildren()")
+    app.tab.keyboard.press("Control+Enter")
+    app.wait("read in")
+    assert app.tab.evaluate("document.activeElement.shadowRoot?.activeElement?.getAttribute('role')") == "gridcell"
+    before = app.grid().locator(".panel h3").first.inner_text()
+    app.tab.keyboard.press("ArrowDown")
+    assert app.grid().locator(".panel h3").first.inner_text() != before
+
+
+def test_buttons_of_a_task_come_and_go_with_it(tiny: Callable[..., App]) -> None:
+    app = tiny("do=generate&text=the+sea&newTokens=3")
+    steer = app.tab.get_by_role("button", name="Steer here")
+    assert steer.count() == 0
+    app.task("Read")
+    app.run()
+    steer.click()
+    assert app.tab.get_by_role("radio", name="Steer").is_checked()
+    assert app.tab.locator("[name=site]").input_value() == "2.resid_post"
+
+
+def test_a_cell_that_is_chosen_while_it_writes_stays_chosen(tiny: Callable[..., App]) -> None:
+    app = tiny("model=slow&text=the+sea&view=cell%3D0%2C0%26pin%3D0")
+    app.task("Write")
+    app.fill("newTokens", "30")
+    app.tab.get_by_role("button", name="Run", exact=True).click()
+    words = app.tab.locator("#written .word")
+    words.nth(4).wait_for()
+    words.nth(3).click()
+    app.wait("read in")
+    assert words.count() == 30
+    assert "cell%3D3%2C3%26pin%3D3" in app.tab.url
 
 
 def test_writing_with_a_vector_from_a_file(tiny: Callable[..., App]) -> None:

@@ -92,6 +92,12 @@ PAIR_DEPTH = 512
 MEAN_COLUMNS = 8192
 """Columns that are weighed at once."""
 
+MEAN_ROWS = 1024
+"""Rows at a time, there."""
+
+SETTLED = 2**22
+"""Columns that are too close to call, settled at a time."""
+
 _CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 5)}
 """By the head's dtype, the least compute capability of an NVIDIA GPU that the kernel is compiled for."""
 
@@ -184,13 +190,19 @@ class _Rows(HeadRows):
 
     def weighed(self, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`mean_row` by products of bfloat16 numbers: rows as they are, weights in pieces that hold all their bits."""
-        head, (n, d) = self.head, self.x.shape
+        few = [slice(i, i + MEAN_ROWS) for i in range(0, max(len(self.x), 1), MEAN_ROWS)]
+        total, mass = zip(*(self._weighed(rows, lse[rows], ids[rows]) for rows in few), strict=True)
+        return torch.cat(total), torch.cat(mass)
+
+    def _weighed(self, rows: slice, lse: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of some rows: the weights of so many columns are held at once."""
+        head, given, (n, d) = self.head, self.given[rows], self.x[rows].shape
         total = torch.zeros(n, d, dtype=torch.float64, device=self.x.device)
         mass = torch.zeros(n, dtype=torch.float64, device=self.x.device)
         for start in range(0, head.vocab_size, MEAN_COLUMNS):
             columns = slice(start, min(start + MEAN_COLUMNS, head.vocab_size))
             weight = head.weight[columns]
-            z = product(self.given, weight.T)
+            z = product(given, weight.T)
             z = head.postmap(z if head.bias is None else z + head.bias[columns].float())
             z = z if head.offset is None else z + head.offset[columns].float()
             weights = (z - lse.float().unsqueeze(1)).exp()
@@ -457,14 +469,15 @@ def _settle(
     assert request.targets is not None
     slots = close.shape[3]
     crowded = (near > slots).any(dim=0).any(dim=1)  # [n]
-    split, row, m = ((near > 0) & ~crowded[:, None]).nonzero(as_tuple=True)
-    listed = torch.arange(slots, device=near.device) < near[split, row, m].unsqueeze(1)
-    entry, slot = listed.nonzero(as_tuple=True)
-    split, row, m = split[entry], row[entry], m[entry]
-    column = close[split, row, m, slot].long()
-    steps, own = torch.round(rows.at(row, column) / TIE), torch.round(target[row, m] / TIE)
-    comes = (steps > own) | ((steps == own) & (column + first < request.targets[row, m]))
-    before.index_put_((row, m), comes.long(), accumulate=True)
+    for few in ((near > 0) & ~crowded[:, None]).nonzero().split(max(1, SETTLED // slots)):
+        split, row, m = few.unbind(1)
+        listed = torch.arange(slots, device=near.device) < near[split, row, m].unsqueeze(1)
+        entry, slot = listed.nonzero(as_tuple=True)
+        split, row, m = split[entry], row[entry], m[entry]
+        column = close[split, row, m, slot].long()
+        steps, own = torch.round(rows.at(row, column) / TIE), torch.round(target[row, m] / TIE)
+        comes = (steps > own) | ((steps == own) & (column + first < request.targets[row, m]))
+        before.index_put_((row, m), comes.long(), accumulate=True)
     many = crowded.nonzero().squeeze(1)
     if many.numel():
         asked = request.with_targets(request.targets[many])

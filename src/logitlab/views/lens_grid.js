@@ -4,7 +4,7 @@
 // What data holds is said in grid_data.py. Texts from the data only ever become text nodes or attribute values, never markup.
 //
 //   const grid = mount(element, data, { theme, state, address, link, title, compact, grow, actions });
-//   grid.update(data, { title }); grid.append(data); grid.select({ prompt, site, slot, pin }); grid.state(); grid.restore(text);
+//   grid.update(data, { title, actions }); grid.append(data); grid.select({ prompt, site, slot, pin }); grid.state(); grid.restore(text);
 //   grid.setTheme("dark"); grid.scroll({ left, top }); grid.destroy();
 //
 // The element dispatches lens-select, lens-hover, lens-state, lens-action and lens-scroll for what the reader does, never for
@@ -155,7 +155,6 @@ class Table {
       prompt.tokens.push(added.tokens[p]);
     });
     prompt.answer = prompt.positions.length - 1;
-    this.measure();
   }
 }
 
@@ -1065,7 +1064,18 @@ export function mount(host, data, options = {}) {
   const say = (text) => { status.textContent = text; };
 
   // Level 0: another cell or pin; 1: another look of every cell; 2: another table, other sizes.
-  function show(level, { quiet = true, reveal = level !== 1 } = {}) {
+  // What is drawn anew may hold the focus: it comes back to the chosen cell.
+  function withFocus(change) {
+    const focused = matrix.el.contains(root.activeElement);
+    change();
+    if (focused && !matrix.el.contains(root.activeElement)) matrix.focus();
+  }
+
+  function show(level, how) {
+    withFocus(() => draw(level, how));
+  }
+
+  function draw(level, { quiet = true, reveal = level !== 1 } = {}) {
     const { table, state } = lens;
     frame.dataset.theme = lens.theme;
     themeButton.textContent = lens.theme === "dark" ? "light theme" : "dark theme";
@@ -1192,7 +1202,7 @@ export function mount(host, data, options = {}) {
   show(2);
   let seen = [matrix.el.clientWidth, matrix.el.clientHeight];
   const watch = new ResizeObserver(() => {
-    const grown = Boolean(options.grow) && frame.clientWidth <= STACKED;
+    const grown = Boolean(options.grow) && host.clientWidth <= STACKED + 36;  // with what is around the grid; no scroll bar counts
     host.toggleAttribute("data-stacked", grown);  // a host that may grow does so by a style of its own
     frame.style.setProperty("--tall", grown ? "100vh" : host.clientHeight + "px");
     const now = [matrix.el.clientWidth, matrix.el.clientHeight];
@@ -1200,9 +1210,11 @@ export function mount(host, data, options = {}) {
     else if (now[0] !== seen[0] && !lens.empty) {
       const column = matrix.el.scrollLeft / matrix.width, { slot } = lens.state;
       const there = slot >= column && (slot + 1 - column) * matrix.width <= seen[0] - matrix.side + 1;
-      matrix.layOut();
-      matrix.scroll({ left: column * matrix.width }, true, true);
-      if (there) matrix.reveal(true);  // the chosen cell was in view, and stays there
+      withFocus(() => {
+        matrix.layOut();
+        matrix.scroll({ left: column * matrix.width }, true, true);
+        if (there) matrix.reveal(true);  // the chosen cell was in view, and stays there
+      });
       point();
       view.draw();
     } else if (now[1] !== seen[1]) matrix.draw();
@@ -1213,14 +1225,12 @@ export function mount(host, data, options = {}) {
 
   let waiting = 0;
   return {
-    update(next, { title = options.title } = {}) {
-      const focused = matrix.el.contains(root.activeElement);
-      options.title = title;
+    update(next, { title = options.title, actions = options.actions } = {}) {
+      Object.assign(options, { title, actions });
       lens.exchange(next);
       describe();
       show(2);
       keep();
-      if (focused) matrix.focus();
     },
     append(next) {
       const added = new Table(next), { table } = lens;
@@ -1230,10 +1240,13 @@ export function mount(host, data, options = {}) {
       if (waiting || lens.state.prompt !== n) return;
       waiting = requestAnimationFrame(() => {  // many positions may come in one frame
         waiting = 0;
+        lens.table.measure();
         [lowEnd.textContent, highEnd.textContent] = lens.mode.ends(lens.prompt);
-        matrix.extend();
-        if (follow) matrix.scroll({ left: matrix.el.scrollWidth }, true);
-        matrix.draw(true);
+        withFocus(() => {
+          matrix.extend();
+          if (follow) matrix.scroll({ left: matrix.el.scrollWidth }, true);
+          matrix.draw(true);
+        });
       });
     },
     select({ prompt, site, slot, pin } = {}) {

@@ -10,8 +10,7 @@ let about = { models: [], lenses: [], vectors: [], limits: {} };
 let facts = null; // about the model that is loaded
 let work = null; // { id, abort } of what is running
 let view = ""; // state of the first grid, kept in the address
-let ran = ""; // the form when it was run last, as an address
-let asked = ""; // what the grids are of: another prompt opens at its own answer
+let shown = { address: "", of: "", task: "" }; // what the grids are of: the form as it was then, model and prompt, the task
 
 // -- theme ----------------------------------------------------------------------------------------
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -122,21 +121,28 @@ function clearTold() {
   byId("written").hidden = byId("outcome").hidden = byId("python").hidden = true;
 }
 
-// Where the prompt is another one than before, the cell that was chosen there means nothing.
-function fresh(request) {
-  const now = JSON.stringify([request.model, request.prompt]);
-  if (asked && now !== asked) {
-    const kept = new URLSearchParams(view);
-    for (const name of ["cell", "pin", "prompt", "picture"]) kept.delete(name);
-    view = kept.toString();
-  }
-  asked = now;
-  return request;
+// A request of the form as it is now, and what it makes of the page once it is answered.
+function asking() {
+  const request = form.request(), { model, prompt, do: task } = request;
+  const of = JSON.stringify([model, prompt, task === "generate"]), another = shown.of && shown.of !== of;
+  // Where the prompt is another one than before, the cell that was chosen there means nothing.
+  const kept = view.split("&").filter((part) => !another || !/^(cell|pin|prompt|picture)=/.test(part)).join("&");
+  return { request, of, task: value("do"), address: form.address(), view: kept, anew: shown.of !== of };
 }
 
-function showGrids(given) {
+// It is answered: from here on the address is this one's.
+function settle(mine) {
+  const { address, of, task, anew } = mine;
+  shown = { address, of, task };
+  view = mine.view;
+  put("patched", "");
+  return anew;
+}
+
+function showGrids(given, mine) {
+  const anew = settle(mine);
   grids.show(given, view);
-  grids.restore(view);
+  if (anew) grids.restore(view);
 }
 
 function showResult({ python = "", seconds, notes = [] }) {
@@ -192,16 +198,16 @@ grids.listen({
 
 // -- tasks ----------------------------------------------------------------------------------------------
 async function read() {
-  const result = await does(fresh(form.request()));
+  const mine = asking(), result = await does(mine.request);
   clearTold();
-  showGrids(result.grids.map((grid) => ({ ...grid, actions: facts.words ? [steerAction] : [] })));
+  showGrids(result.grids.map((grid) => ({ ...grid, actions: facts.words ? [steerAction] : [] })), mine);
   showResult(result);
 }
 
 async function compare() {
-  const result = await does(fresh(form.request()));
+  const mine = asking(), result = await does(mine.request);
   clearTold();
-  showGrids(result.grids);
+  showGrids(result.grids, mine);
   showResult(result);
 }
 
@@ -210,11 +216,11 @@ let pair = null;
 
 // In the address is also what was patched last: "site,position of the source,position of the prompt", or "all".
 async function patch(last = "") {
-  const request = fresh(form.request()), result = await does(request);
+  const mine = asking(), result = await does(mine.request);
   clearTold();
   const [base, source] = result.grids;
-  pair = { asked: request, base, source };
-  showGrids([base, source]);
+  pair = { asked: mine.request, base, source };
+  showGrids([base, source], mine);
   put("patched", last);
   showResult(result);
   say("click a cell of the source: its state goes into the run of the prompt");
@@ -253,6 +259,8 @@ function likeliest({ data }) {
 }
 
 async function patchAll() {
+  clearTimeout(later);
+  await load();
   if (!pair || JSON.stringify(pair.asked) !== JSON.stringify(form.request())) await patch();
   const right = likeliest(pair.source), wrong = likeliest(pair.base), one = right.id === wrong.id, mine = pair;
   const result = await does(form.patchAll(pair.asked, (one ? [right] : [right, wrong]).map(({ id }) => `id:${id}`)));
@@ -267,9 +275,9 @@ async function patchAll() {
 byId("patch-all").addEventListener("click", () => tried(patchAll));
 
 async function steer() {
-  const request = fresh(form.request()), result = await does(request);
+  const mine = asking(), { request } = mine, result = await does(request);
   clearTold();
-  showGrids(result.grids);
+  showGrids(result.grids, mine);
   if (result.texts) {
     const told = ["plain", "steered"].map((name, n) => make("div", {}, make("h2", {}, name), make("p", {}, make("bdi", {}, result.texts[n]))));
     byId("written").replaceChildren(make("div", { class: "texts" }, ...told));
@@ -283,14 +291,14 @@ async function steer() {
 const breaks = (text) => /^\n+$/.test(text);
 
 async function write() {
-  const request = fresh(form.request()), wanted = view, told = make("p", {}, make("bdi", { class: "asked" }, value("chat") ? "" : value("text")));
+  const mine = asking(), told = make("p", {}, make("bdi", { class: "asked" }, value("chat") ? "" : value("text")));
   clearTold();
   grids.clear();
   byId("written").replaceChildren(make("h2", {}, "written"), told);
   byId("written").hidden = false;
-  const result = await does(request, ({ index, token, text, logprob, data }) => {
+  const result = await does(mine.request, ({ index, token, text, logprob, data }) => {
     if (index) grids.shown[0].handle.append(data);
-    else grids.show([{ title: "as it was written", data }], wanted);
+    else showGrids([{ title: "as it was written", data }], mine);
     const p = Math.exp(logprob);
     const word = make("button", { type: "button", class: "word", title: `${token} ${percent(p)}` }, make("bdi", {}, breaks(text) ? token : text));
     word.style.borderBottom = `3px solid color-mix(in srgb, var(--bar) ${Math.round(100 * p)}%, var(--line))`;
@@ -298,7 +306,7 @@ async function write() {
     told.append(word, breaks(text) ? text : ""); // breaks of lines stay breaks
     say(`${index + 1} tokens`);
   });
-  if (wanted) grids.restore(wanted); // now its columns are there
+  if (mine.view && view === mine.view) grids.restore(view); // now its columns are there, and nobody has chosen another cell
   showResult(result);
 }
 
@@ -332,7 +340,7 @@ function showForm() {
 }
 
 function showMessages() {
-  if (byId("messages").hidden || byId("messages").contains(document.activeElement)) return;
+  if (byId("messages").childElementCount === form.messages.length) return; // nothing is drawn anew while it is used
   byId("messages").replaceChildren(...form.messages.map((one, n) => {
     const role = make("select", { "aria-label": `role of message ${n + 1}` }, ...["system", "user", "assistant"].map((r) => make("option", { value: r }, r)));
     role.value = one.role;
@@ -341,7 +349,11 @@ function showMessages() {
     text.value = one.content;
     text.addEventListener("input", () => { one.content = text.value; });
     const away = make("button", { type: "button", class: "quiet", "aria-label": `remove message ${n + 1}` }, "Remove");
-    away.addEventListener("click", () => { form.messages.splice(n, 1); away.blur(); showForm(); });
+    away.addEventListener("click", () => {
+      form.messages.splice(n, 1);
+      showForm();
+      byId("add-message").focus();
+    });
     return make("div", { class: "message" }, role, make("span"), away, text);
   }));
 }
@@ -353,9 +365,14 @@ byId("add-message").addEventListener("click", () => {
 });
 
 function showImages() {
+  if (byId("images").childElementCount === form.images.length) return;
   byId("images").replaceChildren(...form.images.map((url, n) => {
     const away = make("button", { type: "button", "aria-label": `remove picture ${n + 1}` }, "×");
-    away.addEventListener("click", () => { form.images.splice(n, 1); showForm(); });
+    away.addEventListener("click", () => {
+      form.images.splice(n, 1);
+      showForm();
+      byId("open-image").focus();
+    });
     return make("li", {}, make("img", { src: url, alt: `picture ${n + 1}` }), away);
   }));
 }
@@ -380,8 +397,10 @@ async function addImages(files) {
 
 byId("open-image").addEventListener("click", () => byId("image").click());
 byId("image").addEventListener("change", (event) => tried(() => addImages(event.target.files)).then(() => { event.target.value = ""; }));
-byId("ask").addEventListener("dragover", (event) => event.preventDefault());
+const holdsFiles = (event) => event.dataTransfer.types.includes("Files"); // not text that is dragged
+byId("ask").addEventListener("dragover", (event) => { if (holdsFiles(event)) event.preventDefault(); });
 byId("ask").addEventListener("drop", (event) => {
+  if (!holdsFiles(event)) return;
   event.preventDefault();
   const files = [...event.dataTransfer.files];
   if (files.some((file) => file.type.startsWith("image/")) && facts?.images) tried(() => addImages(files));
@@ -424,8 +443,6 @@ async function load() {
 async function go(again = false) {
   clearTimeout(later);
   await load();
-  ran = form.address();
-  writeAddress();
   if (!facts.text && !form.images.length) return say("add a picture");
   if (value("do") === "patch") await patch(again ? value("patched") : "");
   else await TASKS[value("do")]();
@@ -436,11 +453,10 @@ let later = 0;
 byId("ask").addEventListener("input", ({ target: { name } }) => {
   if (name === "do") clearTimeout(later);
   if (["do", "by", "kind", "strength"].includes(name)) showForm();
-  if (name !== "strength" || value("do") !== "steer" || !pairOfSteering()) return;
+  if (name !== "strength" || value("do") !== "steer" || shown.task !== "steer") return;
   clearTimeout(later); // the answer follows the slider
   later = setTimeout(() => tried(() => go()), 350);
 });
-const pairOfSteering = () => grids.shown.length === 2 && !byId("outcome").hidden;
 byId("ask").addEventListener("change", (event) => { if (event.target.name) showForm(); });
 field("model").addEventListener("change", () => tried(load)); // it stands outside of the form
 document.addEventListener("keydown", (event) => {
@@ -451,7 +467,7 @@ document.addEventListener("keydown", (event) => {
 // -- address ----------------------------------------------------------------------------------------------
 // The address is that of what is shown, whatever has been written into the form since.
 function writeAddress() {
-  const parts = new URLSearchParams(ran);
+  const parts = new URLSearchParams(shown.address);
   for (const [name, one] of [["patched", value("patched")], ["view", view]]) {
     parts.delete(name);
     if (one) parts.set(name, one);
@@ -465,9 +481,16 @@ function writeAddress() {
 async function open(address) {
   const { view: state, missing } = form.fromAddress(address);
   view = state;
-  asked = "";
-  showForm();
+  filled();
   await opened(missing);
+}
+
+// The form has been filled: nothing of what was there before counts.
+function filled() {
+  shown.of = "";
+  byId("messages").replaceChildren();
+  byId("images").replaceChildren();
+  showForm();
 }
 
 async function opened(missing) {
@@ -493,6 +516,10 @@ async function copy(text, what) {
   say(`copied the ${what}`);
 }
 byId("copy-python").addEventListener("click", () => tried(() => copy(byId("python").querySelector("pre").textContent, "Python")));
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the fragment is the view's
+  byId("results").focus();
+});
 window.addEventListener("hashchange", () => {
   if (takeToken()) return window.location.reload(); // of a server that was started anew
   return tried(() => open(window.location.hash.slice(1)));
@@ -506,15 +533,18 @@ async function showHistory() {
       make("time", { class: "soft", datetime: entry.when }, new Date(entry.when).toLocaleString()));
     opening.addEventListener("click", () => {
       byId("history").close();
-      view = asked = "";
-      const missing = form.fromRequest(entry.request);
-      showForm();
-      tried(() => opened(missing));
+      tried(() => {
+        view = "";
+        const missing = form.fromRequest(entry.request);
+        filled();
+        return opened(missing);
+      });
     });
     const away = make("button", { type: "button", class: "quiet", "aria-label": `forget ${entry.title}` }, "Forget");
     away.addEventListener("click", () => tried(async () => {
       await ask(`/api/history/${encodeURIComponent(entry.id)}`, { method: "DELETE" });
       await showHistory();
+      byId("history-close").focus();
     }));
     return make("li", {}, opening, away);
   });

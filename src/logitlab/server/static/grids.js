@@ -27,10 +27,10 @@ const parts = (text) => new URLSearchParams(text);
 // Show readings: { title, data, actions }. Grids that are there already are given the new ones, so that focus and selection stay.
 export function show(given, state) {
   if (shown.length === given.length) {
-    given.forEach(({ title, data }, n) => {
+    given.forEach(({ title, data, actions = [] }, n) => {
       Object.assign(shown[n], { title, data });
       shown[n].section.setAttribute("aria-label", title);
-      shown[n].handle.update(data, { title });
+      shown[n].handle.update(data, { title, actions });
     });
     return;
   }

@@ -15,13 +15,12 @@ export function value(name) {
   return node.type === "checkbox" ? (node.checked ? "1" : "") : node.value;
 }
 
-// Fill a field; false where it is a list that has no such entry.
+// Fill a field; false where it does not take that: a list without such an entry, a slider that does not go so far.
 export function put(name, text) {
   const node = field(name);
   if (node.type === "checkbox") node.checked = text === "1";
   else if (node.tagName !== "SELECT" || [...node.options].some((option) => option.value === text)) node.value = text;
-  else return false;
-  return true;
+  return node.type === "checkbox" || node.value === text.replaceAll("\r\n", "\n");
 }
 
 // A number of the form; what was left empty is as at the start.
