@@ -355,6 +355,19 @@ def test_a_divergence_that_is_no_number_is_told_as_none() -> None:
     assert _divergence(p.log(), p.log()) == 0
 
 
+def test_too_little_memory_is_said(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from logitlab.server import work
+
+    def full(*given: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. /home/me/private")
+
+    monkeypatch.setattr(work, "read", full)
+    message = app.error({"do": "read", "model": "tiny", "prompt": {"text": PROMPT}})
+    assert message == "there is not enough memory on cpu for this: shorten the prompt, or name fewer sites"
+    monkeypatch.undo()
+    app.result({"do": "read", "model": "tiny", "prompt": {"text": PROMPT}})
+
+
 def test_an_outcome_without_numbers(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     from logitlab.server import work
 

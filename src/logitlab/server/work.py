@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from logitlab.comparison import common_sites
-from logitlab.errors import InputError
+from logitlab.errors import InputError, OutOfMemoryError
 from logitlab.generation import generate
 from logitlab.interventions import Intervention, Vectors, add, intervene, patch, replace
 from logitlab.lenses import Lens, LogitLens
@@ -60,6 +60,7 @@ def do(request: requests.Request, library: Library, job: Job) -> dict[str, Any]:
 
     Raises:
         InputError: the request cannot be done; the message says why.
+        OutOfMemoryError: there is not enough memory for it.
         CancelledWorkError: nobody wants the result.
     """
     if isinstance(request, requests.Load):
@@ -67,7 +68,13 @@ def do(request: requests.Request, library: Library, job: Job) -> dict[str, Any]:
         return facts(model, request.model)
     begun = time.perf_counter()
     work = _Work(request, library, job)
-    result = _KINDS[type(request)](work)
+    try:
+        result = _KINDS[type(request)](work)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
+        raise OutOfMemoryError(
+            f"there is not enough memory on {work.model.device} for this: shorten the prompt, or name fewer sites"
+        ) from error
     seconds = {"reading": round(work.seconds, 4), "total": round(time.perf_counter() - begun, 4)}
     return {**result, "notes": work.notes, "seconds": seconds}
 
