@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPImageProcessor, LlavaProcessor, ViTImageProcessor
+from transformers import ViTImageProcessor
 
 import logitlab as ll
 from logitlab import zoo as library
@@ -19,6 +19,7 @@ from logitlab.lenses.fitted import identity
 from logitlab.server.settings import Limits, Settings, Source, named
 from logitlab.vectors import mean_difference
 from tests import zoo
+from tests.models.test_encoder import llava
 from tests.server.running import Running, running
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -49,20 +50,6 @@ class Shelf:
 def vit() -> ll.Model:
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     return ll.wrap(library.build("image-classification", "vit"), processor, name="vit")
-
-
-@cache
-def llava() -> ll.Model:
-    module: Any = library.build("image-text-to-text", "llava")
-    plain = zoo.tokenizer()
-    tokenizer = plain.__class__(tokenizer_object=plain.backend_tokenizer, pad_token="<pad>")
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    module.config.image_token_id = module.config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = LlavaProcessor(
-        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-    return ll.wrap(module, processor, name="llava")
 
 
 def slow(seconds: float) -> ll.Model:
